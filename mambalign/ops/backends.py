@@ -1,0 +1,59 @@
+"""How every op turns `backend=` into an implementation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("mambalign")
+
+
+def select(op: str, backend: str, available: Mapping[str, Any], automatic: str, reason: str) -> tuple[str, str]:
+    """Resolve `backend` to (name, reason): a name always wins, "auto" means `automatic` for `reason`.
+
+    Raises:
+        ValueError: a name that is not available, naming those that are.
+    """
+    if backend == "auto":
+        _say_once(op, automatic, reason)
+        return automatic, reason
+    if backend not in available:
+        raise ValueError(f"{op}: no backend {backend!r}; choose auto, {', '.join(sorted(available))}")
+    return backend, "asked for by name"
+
+
+@cache
+def _say_once(op: str, name: str, reason: str) -> None:
+    logger.info("%s: backend %s (%s)", op, name, reason)
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates an autograd Function's forward or backward: its matrix products are accumulations and keep their dtype."""
+
+    @wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args)
+
+    return wrapped
+
+
+def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """`out[index[i]] += values[i]` with repeated indices, summed in a fixed order on every device.
+
+    On a CPU `index_put_` would use atomics from several threads, on a GPU `index_add_` would.
+    """
+    if out.device.type == "cpu":
+        out.index_add_(0, index, values)
+    else:
+        out.index_put_((index,), values, accumulate=True)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` whose gradient sums repeated rows in a fixed order on every device (see `add_rows`)."""
+    return x.index_select(0, index) if x.device.type == "cpu" else x[index]

@@ -1,0 +1,106 @@
+"""Naive loops over time: the definition of every op, in float32 or float64.
+
+They compute in float64 when any input is float64 and in float32 otherwise, and their gradients are autograd's. Every
+backend is checked against them; nothing in training calls them unless `backend="reference"` asks for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambalign.ops.segments import Segments
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any of the tensors is float64, else float32: what every op accumulates in."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    segments: Segments,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Equations (2a, 2b) of arXiv 2312.00752 with the paper's discretisation (section 3.2), one token at a time."""
+    dtype = compute_dtype(u, delta, A, B, C, initial_state)
+    out_dtype = u.dtype
+    u, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    zero = torch.zeros(A.shape, dtype=dtype, device=u.device)
+    outputs: list[Tensor] = []
+    finals: list[Tensor] = []
+    for segment, parent in enumerate(segments.parent.tolist()):
+        start, end = segments.cu_seqlens[segment : segment + 2].tolist()
+        if parent >= 0:
+            state = finals[parent]
+        else:
+            state = zero if initial_state is None else initial_state[segment].to(dtype)
+        for t in range(start, end):
+            decay = torch.exp(delta[t, :, None] * A)
+            state = decay * state + (delta[t] * u[t])[:, None] * B[t][None, :]
+            outputs.append(state @ C[t])
+        finals.append(state)
+    y = torch.stack(outputs) if outputs else torch.zeros_like(u)
+    if D is not None:
+        y = y + u * D.to(dtype)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    final_state = torch.stack(finals) if finals else zero.new_zeros(0, *A.shape)
+    return y.to(out_dtype), final_state
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    segments: Segments,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`y[t] = act(bias + sum_j weight[:, j] * x[t - (W - 1) + j])` along each token's own path."""
+    dtype = compute_dtype(x, weight, initial_state)
+    width = weight.shape[1] - 1
+    values, taps = x.to(dtype), weight.to(dtype)
+    zero = torch.zeros(width, x.shape[1], dtype=dtype, device=x.device)
+    outputs: list[Tensor] = []
+    finals: list[Tensor] = []
+    for segment, parent in enumerate(segments.parent.tolist()):
+        start, end = segments.cu_seqlens[segment : segment + 2].tolist()
+        if parent >= 0:
+            window = finals[parent]
+        else:
+            window = zero if initial_state is None else initial_state[segment].to(dtype).T
+        for t in range(start, end):
+            window = torch.cat([window, values[t : t + 1]])
+            outputs.append((window * taps.T).sum(0))
+            window = window[1:]
+        finals.append(window)
+    y = torch.stack(outputs) if outputs else torch.zeros_like(values)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if activation == "silu":
+        y = F.silu(y)
+    final_state = torch.stack([window.T for window in finals]) if finals else zero.T.new_zeros(0, x.shape[1], width)
+    return y.to(x.dtype), final_state.to(x.dtype)
+
+
+def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`log softmax(hidden @ weight.T)[label]`, 0 where the label is -100."""
+    dtype = compute_dtype(hidden, weight)
+    logps = torch.log_softmax((hidden.to(dtype) @ weight.to(dtype).T), dim=-1)
+    valid = labels != -100
+    picked = logps.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return torch.where(valid, picked, torch.zeros_like(picked))

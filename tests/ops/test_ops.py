@@ -1,0 +1,326 @@
+"""Every backend against the reference loops: outputs, final states and every gradient, on every kind of `Segments`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambalign.ops import Segments, causal_conv1d, selective_scan, token_logps, torch_scan
+
+TREES = {
+    "one": ([17], [-1]),
+    "single token": ([1], [-1]),
+    "odd lengths": ([1, 63, 100], [-1, -1, -1]),
+    "uneven roots": ([5, 1, 1, 40, 2, 33], [-1] * 6),
+    "pair": ([9, 4, 6], [-1, 0, 0]),
+    "pair, one-token prompt": ([1, 5, 4], [-1, 0, 0]),
+    "parent shorter than the window": ([2, 1, 1, 3], [-1, 0, 1, 2]),
+    "one-token chain": ([1] * 9, [-1, 0, 1, 2, 3, 4, 5, 6, 7]),
+    "many children": ([6, 3, 1, 7, 2, 5], [-1, 0, 0, 0, 0, 0]),
+    "deep tree": ([4, 3, 2, 5, 1, 7, 6, 2], [-1, 0, 0, 1, 1, -1, 5, 3]),
+    "empty segments": ([0, 4, 0, 3, 2, 0], [-1, 0, 1, 2, 0, -1]),
+    "beyond a tile": ([70, 40, 33], [-1, 0, 0]),
+}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(params=["as shipped", "small tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tile sizes decide where the backend cuts time and lanes; no boundary may show."""
+    if request.param == "small tiles":
+        monkeypatch.setattr(torch_scan, "MIN_STEPS", 3)
+        monkeypatch.setattr(torch_scan, "MAX_STEPS", 8)
+        monkeypatch.setattr(torch_scan, "CPU_STEP", 2 * 5 * 3)
+        monkeypatch.setattr(torch_scan, "CPU_TILE", 1)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` full of NaN: an element that nothing writes shows."""
+    for name in ("empty_like", "empty"):
+        real = getattr(torch, name)
+
+        def filled(*args: Any, _real: Callable[..., Tensor] = real, **kwargs: Any) -> Tensor:
+            out = _real(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(torch, name, filled)
+    real_new = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: real_new(self, *a, **k).fill_(float("nan")))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Max over elements, relative to the largest of the expected ones. NaN counts as infinite."""
+    if not theirs.numel():
+        return 0.0
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    return float("inf") if difference != difference else difference / max(theirs.double().abs().max().item(), 1e-30)
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def scan_inputs(T: int, S: int, dtype: torch.dtype, D: int = 5, N: int = 3) -> dict[str, Tensor]:
+    state = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return {
+        "u": random(T, D, dtype=dtype),
+        "delta": random(T, D, dtype=dtype),
+        "A": (-torch.rand(D, N, dtype=torch.float64) * 2 - 0.1).to(state).requires_grad_(),
+        "B": random(T, N, dtype=dtype),
+        "C": random(T, N, dtype=dtype),
+        "D": random(D, dtype=state),
+        "z": random(T, D, dtype=dtype),
+        "delta_bias": random(D, dtype=state),
+        "initial_state": random(S, D, N, dtype=state),
+    }
+
+
+def conv_inputs(T: int, S: int, dtype: torch.dtype, D: int = 5, W: int = 4) -> dict[str, Tensor]:
+    return {
+        "x": random(T, D, dtype=dtype),
+        "weight": random(D, W, dtype=dtype),
+        "bias": random(D, dtype=dtype),
+        "initial_state": random(S, D, W - 1, dtype=dtype),
+    }
+
+
+def outputs_and_gradients(op: Callable[..., Any], inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Outputs of `op` and the gradient of a random projection of them with respect to every input."""
+    y, final = op(**inputs, output_final_state=True, **options)
+    generator = torch.Generator().manual_seed(1)
+    loss = (y * torch.randn(y.shape, generator=generator)).sum() + (
+        final * torch.randn(final.shape, generator=generator)
+    ).sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    return {"y": y, "final_state": final} | dict(zip(inputs, gradients, strict=True))
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype, name
+        assert ours[name].shape == expected.shape, name
+        error = relative_error(ours[name], expected)
+        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_scan_equals_reference(tree: str, dtype: torch.dtype, tiles: None) -> None:
+    segments = Segments.from_lengths(*TREES[tree])
+    inputs = scan_inputs(segments.num_tokens, segments.num_segments, dtype)
+    options = {"delta_softplus": True, "segments": segments}
+    ours = outputs_and_gradients(selective_scan, inputs, backend="torch", **options)
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    theirs = outputs_and_gradients(selective_scan, exact, backend="reference", **options)
+    assert_same({k: v.double() for k, v in ours.items()}, theirs, TOLERANCE[dtype])
+    assert ours["y"].dtype == dtype
+    assert ours["final_state"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("tree", TREES)
+def test_conv_equals_reference(tree: str, activation: str | None, dtype: torch.dtype) -> None:
+    segments = Segments.from_lengths(*TREES[tree])
+    inputs = conv_inputs(segments.num_tokens, segments.num_segments, dtype)
+    options = {"activation": activation, "segments": segments}
+    ours = outputs_and_gradients(causal_conv1d, inputs, backend="torch", **options)
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    theirs = outputs_and_gradients(causal_conv1d, exact, backend="reference", **options)
+    assert_same({k: v.double() for k, v in ours.items()}, theirs, TOLERANCE[dtype])
+    assert ours["y"].dtype == dtype
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 7])
+def test_conv_of_every_width_crosses_forks(width: int) -> None:
+    segments = Segments.from_lengths([2, 1, 3, 1, 1, 5], [-1, 0, 1, 0, 3, 4])
+    inputs = conv_inputs(segments.num_tokens, segments.num_segments, torch.float64, W=width)
+    ours = outputs_and_gradients(causal_conv1d, inputs, activation="silu", segments=segments, backend="torch")
+    theirs = outputs_and_gradients(causal_conv1d, inputs, activation="silu", segments=segments, backend="reference")
+    assert_same(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize("missing", ["D", "z", "delta_bias", "initial_state"])
+def test_scan_without_optional_inputs(missing: str, tiles: None) -> None:
+    segments = Segments.from_lengths([9, 4, 6, 20], [-1, 0, 0, -1])
+    inputs = scan_inputs(segments.num_tokens, segments.num_segments, torch.float64)
+    del inputs[missing]
+    inputs["delta"] = inputs["delta"].detach().abs().requires_grad_()  # without softplus a step must be positive
+    ours = outputs_and_gradients(selective_scan, inputs, segments=segments, backend="torch")
+    theirs = outputs_and_gradients(selective_scan, inputs, segments=segments, backend="reference")
+    assert_same(ours, theirs, 1e-10)
+
+
+def test_gradients_are_the_finite_differences() -> None:
+    """Against neither backend: numerical derivatives of the op itself, through a fork and the final state."""
+    segments = Segments.from_lengths([3, 2, 2], [-1, 0, 0])
+    inputs = scan_inputs(7, 3, torch.float64, D=2, N=2)
+    names = list(inputs)
+
+    def scan(*values: Tensor) -> Any:
+        named = dict(zip(names, values, strict=True))
+        return selective_scan(**named, delta_softplus=True, segments=segments, output_final_state=True, backend="torch")
+
+    assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
+    conv = conv_inputs(7, 3, torch.float64, D=2)
+    assert torch.autograd.gradcheck(
+        lambda *v: causal_conv1d(
+            **dict(zip(conv, v, strict=True)), activation="silu", segments=segments, output_final_state=True
+        ),
+        tuple(conv.values()),
+    )
+
+
+def test_random_trees(tiles: None) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(15):
+        count = int(torch.randint(1, 9, (), generator=generator))
+        lengths = [int(torch.randint(0, 20, (), generator=generator)) for _ in range(count)]
+        parents = [int(torch.randint(-1, s, (), generator=generator)) if s else -1 for s in range(count)]
+        segments = Segments.from_lengths(lengths, parents)
+        for op, inputs, options in (
+            (selective_scan, scan_inputs(sum(lengths), count, torch.float64), {"delta_softplus": True}),
+            (causal_conv1d, conv_inputs(sum(lengths), count, torch.float64), {"activation": "silu"}),
+        ):
+            ours = outputs_and_gradients(op, inputs, segments=segments, backend="torch", **options)
+            theirs = outputs_and_gradients(op, inputs, segments=segments, backend="reference", **options)
+            assert_same(ours, theirs, 1e-10)
+
+
+def alone(op: Callable[..., Any], inputs: dict[str, Tensor], segments: Segments, leaf: int) -> Tensor:
+    """`op`'s output on the tokens of one segment, its whole path run as one sequence on its own."""
+    path = [leaf]
+    while segments.parent[path[0]] >= 0:
+        path.insert(0, int(segments.parent[path[0]]))
+    tokens = torch.cat([torch.arange(*segments.cu_seqlens[s : s + 2].tolist()) for s in path])
+    per_token = {"u", "delta", "B", "C", "z", "x"}
+    own = {k: v[tokens] if k in per_token else v for k, v in inputs.items() if k != "initial_state"}
+    y: Tensor = op(**own, initial_state=inputs["initial_state"][path[:1]])
+    return y[-int(segments.lengths[leaf]) :] if segments.lengths[leaf] else y[:0]
+
+
+def sabotaged_segments(segments: Segments, what: str) -> Segments:
+    """What a stack without the reset, or without the fork, computes."""
+    if what == "no reset":
+        count = segments.num_segments
+        return Segments(segments.cu_seqlens, torch.arange(-1, count - 1))
+    return Segments(segments.cu_seqlens, torch.full_like(segments.parent, -1))
+
+
+def packed_equals_alone(segments: Segments, run_on: Segments | None = None) -> float:
+    """Largest relative error between each segment packed and the same segment with its path alone."""
+    S = segments.num_segments
+    worst = 0.0
+    for op, inputs in (
+        (lambda **k: selective_scan(**k, delta_softplus=True), scan_inputs(segments.num_tokens, S, torch.float64)),
+        (lambda **k: causal_conv1d(**k, activation="silu"), conv_inputs(segments.num_tokens, S, torch.float64)),
+    ):
+        packed = op(**inputs, segments=run_on or segments)
+        for s in range(S):
+            expected = alone(op, inputs, segments, s)
+            worst = max(worst, relative_error(packed[segments.cu_seqlens[s] : segments.cu_seqlens[s + 1]], expected))
+    return worst
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_packed_and_forked_equal_alone(tree: str, tiles: None) -> None:
+    assert packed_equals_alone(Segments.from_lengths(*TREES[tree])) < 1e-10
+
+
+@pytest.mark.parametrize(("tree", "what"), [("odd lengths", "no reset"), ("pair", "no fork"), ("deep tree", "no fork")])
+def test_the_check_above_notices_sabotage(tree: str, what: str) -> None:
+    segments = Segments.from_lengths(*TREES[tree])
+    assert packed_equals_alone(segments, run_on=sabotaged_segments(segments, what)) > 1e-2
+
+
+def test_a_lost_conv_window_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the window's crossing is broken here, not the state's."""
+    segments = Segments.from_lengths(*TREES["pair"])
+    real = Segments.windows
+    lost = lambda self, width: torch.where(real(self, width) >= self.cu_seqlens[self.segment_of_token][:, None],  # noqa: E731
+                                           real(self, width), -1)  # fmt: skip
+    monkeypatch.setattr(Segments, "windows", lost)
+    assert packed_equals_alone(segments) > 1e-2
+
+
+def test_backward_twice_gives_the_same_bits() -> None:
+    segments = Segments.from_lengths([40, 9, 9, 9, 30], [-1, 0, 0, 0, -1])
+    inputs = scan_inputs(97, 5, torch.float32, D=64, N=16)
+    first, second = (
+        outputs_and_gradients(selective_scan, inputs, delta_softplus=True, segments=segments) for _ in range(2)
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_memory_grows_with_T_times_D_not_with_T_times_D_times_N() -> None:
+    """What autograd keeps for the backward pass: the inputs, one [T, D] and 1/16th of the states."""
+    T, D, N = 512, 32, 16
+    inputs = scan_inputs(T, 1, torch.float32, D=D, N=N)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        selective_scan(**inputs, delta_softplus=True)
+    assert sum(kept) < 0.5 * T * D * N
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+def test_token_logps_equals_reference(chunk_size: int | None, dtype: torch.dtype) -> None:
+    hidden, weight = random(11, 6, dtype=dtype), random(13, 6, dtype=dtype)
+    labels = torch.tensor([0, 12, -100, 3, 3, -100, 7, 1, 2, 5, -100])
+    projection = torch.randn(11, dtype=torch.float64)
+    results = []
+    for h, w, backend in ((hidden, weight, "torch"), (hidden.double(), weight.double(), "reference")):
+        h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+        logps = token_logps(h, w, labels, chunk_size=chunk_size, backend=backend)
+        results.append((logps, *torch.autograd.grad((logps * projection).sum(), (h, w))))
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert results[0][0][labels == -100].eq(0).all()
+
+
+def test_autocast_changes_projections_only() -> None:
+    """Under autocast the head runs in bf16, the scan's own sums stay fp32."""
+    inputs = scan_inputs(20, 1, torch.float32)
+    plain = outputs_and_gradients(selective_scan, inputs, delta_softplus=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = outputs_and_gradients(selective_scan, inputs, delta_softplus=True)
+        logps = token_logps(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 2]))
+    assert all(torch.equal(plain[k], cast[k]) for k in plain)
+    assert logps.dtype == torch.float32
+
+
+def test_errors_name_the_argument() -> None:
+    inputs = {k: v.detach() for k, v in scan_inputs(6, 1, torch.float32).items()}
+    with pytest.raises(ValueError, match=r"B must have shape \[6, 3\]"):
+        selective_scan(**inputs | {"B": inputs["B"][:5]})
+    with pytest.raises(ValueError, match="segments cover 5 tokens, u has 6"):
+        selective_scan(**inputs, segments=Segments.from_lengths([5]))
+    with pytest.raises(ValueError, match="no backend 'cuda'; choose auto, reference, torch"):
+        selective_scan(**inputs, backend="cuda")
+    with pytest.raises(ValueError, match="C must be floating point"):
+        selective_scan(**inputs | {"C": inputs["C"].long()})
+    with pytest.raises(ValueError, match="delta is on meta"):
+        selective_scan(**inputs | {"delta": inputs["delta"].to("meta")})
+    with pytest.raises(ValueError, match="activation must be None or 'silu'"):
+        causal_conv1d(torch.randn(4, 2), torch.randn(2, 3), activation="gelu")
+    with pytest.raises(ValueError, match=r"labels must be -100 or in \[0, 7\)"):
+        token_logps(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 7, 2]))
+    with pytest.raises(ValueError, match="index of an earlier segment"):
+        Segments.from_lengths([1, 2], [1, -1])
+    with pytest.raises(ValueError, match="never decrease"):
+        Segments(torch.tensor([0, 3, 2]))
+
+
+def test_windows_and_predecessors() -> None:
+    segments = Segments.from_lengths([2, 1, 0, 2], [-1, 0, 1, 2])
+    assert segments.predecessor().tolist() == [-1, 0, 1, 2, 3]
+    assert segments.windows(3)[3].tolist() == [0, 1, 2]
+    assert segments.windows(3)[0].tolist() == [-1, -2, -3]  # rows 0, 1, 2 of the initial windows, oldest first
+    assert segments.final_windows(3)[2].tolist() == [0, 1, 2]
+    assert segments.levels == [[0], [1], [2], [3]]
