@@ -1,0 +1,404 @@
+"""Mamba-1 (arXiv 2312.00752) and Falcon-Mamba (arXiv 2410.05355) on packed tokens.
+
+The classes subclass transformers' own: same configs, same parameter names, same `generate()`, so every checkpoint is
+interchangeable. What differs is the forward pass. Whatever comes in (padded with a mask, packed with `Segments`, or
+a step of generation with a cache) is laid flat into one `[1, T, hidden]` tensor without padding; only the convolution
+and the scan learn where sequences begin. The mixer calls its projections as modules, so adapters and hooks on any of
+them act, in training too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.falcon_mamba import modeling_falcon_mamba as hf_falcon
+from transformers.models.mamba import modeling_mamba as hf_mamba
+from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
+
+from mambalign.ops import Segments, causal_conv1d, selective_scan, token_logps
+from mambalign.ops.backends import take_rows
+
+# The recurrence is an exponential of these; the authors keep them in fp32 whatever the rest is in
+# (https://github.com/state-spaces/mamba#precision), and so do we: on loading, and on any later `.to(dtype)`.
+FP32_PARAMETERS = ("A_log", "D", "dt_proj.bias")
+FP32_PATTERNS = ["A_log", r"mixer\.D$", r"dt_proj\.bias"]
+
+
+@dataclass
+class CausalLMOutput(MambaCausalLMOutput):
+    """Adds `logps`: fp32 `[M]`, the log-probability of every requested target (then `logits` is None)."""
+
+    logps: Tensor | None = None
+
+
+class StepSizeProjection(nn.Linear):
+    """`dt_proj` without its bias, which the scan adds in fp32: `bias` stays fp32 beside weights in bf16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight)
+
+
+def _rms_norm(x: Tensor, eps: float) -> Tensor:
+    """`x / rms(x)` in fp32, or in fp64 for fp64: transformers' norms would round fp64 to fp32."""
+    x = x.float() if x.dtype.itemsize < 4 else x
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(hf_mamba.MambaRMSNorm):
+    """transformers' norm with the sum in at least fp32; returns the input's dtype times the weight's."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight * _rms_norm(hidden_states, self.variance_epsilon).to(hidden_states.dtype)
+
+
+class PackedMixer:
+    """The forward pass both families share; mixed into their transformers mixer classes."""
+
+    def _make_packed(self: Any) -> None:
+        self.backend = "auto"
+        bare = StepSizeProjection(self.time_step_rank, self.intermediate_size, device="meta")
+        bare.weight, bare.bias = self.dt_proj.weight, self.dt_proj.bias
+        self.dt_proj = bare
+
+    def normalise(self, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Falcon-Mamba puts RMS norms here (arXiv 2410.05355, section 3.1)."""
+        return delta, B, C
+
+    def forward(
+        self: Any, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
+    ) -> Tensor:
+        """`[1, T, hidden]` -> `[1, T, hidden]`; with a cache, segment s reads and writes its row s."""
+        assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
+        conv_state, ssm_state = self._read(cache_params)
+        x, z = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
+        x, conv_state = causal_conv1d(
+            x,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.activation,
+            segments,
+            conv_state,
+            output_final_state=True,
+            backend=self.backend,
+        )
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        delta, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
+        y, ssm_state = selective_scan(
+            x,
+            self.dt_proj(delta),
+            -torch.exp(self.A_log),
+            B,
+            C,
+            self.D,
+            z,
+            self.dt_proj.bias,
+            delta_softplus=True,
+            segments=segments,
+            initial_state=ssm_state,
+            output_final_state=True,
+            backend=self.backend,
+        )
+        if cache_params is not None:
+            # transformers keeps one column more than the convolution needs; the oldest is never read.
+            padded = nn.functional.pad(conv_state, (1, 0))
+            cache_params.update_conv_state(padded, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+            cache_params.update_recurrent_state(ssm_state, self.layer_idx)
+        return self.out_proj(y)[None]  # type: ignore[no-any-return]
+
+    def _read(self: Any, cache_params: Cache | None) -> tuple[Tensor | None, Tensor | None]:
+        if cache_params is None or not cache_params.has_previous_state(self.layer_idx):
+            return None, None
+        layer: Any = cache_params.layers[self.layer_idx]
+        return layer.conv_states[0][..., 1:], layer.recurrent_states[0]
+
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts like any module, but never below fp32 for `FP32_PARAMETERS`."""
+        before = {name: self.get_parameter(name).detach() for name in FP32_PARAMETERS}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, value in before.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = value.to(parameter.device, torch.float32)
+        return self
+
+
+class MambaMixer(PackedMixer, hf_mamba.MambaMixer):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._make_packed()
+
+
+class FalconMambaMixer(PackedMixer, hf_falcon.FalconMambaMixer):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._make_packed()
+
+    def normalise(self, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        delta, B, C = (_rms_norm(x, self.rms_eps).to(x.dtype) for x in (delta, B, C))
+        return delta, B, C
+
+
+def _block_forward(
+    block: Any, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None
+) -> Tensor:
+    """Pre-norm residual block; the residual stream stays fp32 where the config says so, and the norm sees it so."""
+    residual = hidden_states.float() if block.residual_in_fp32 and hidden_states.dtype.itemsize < 4 else hidden_states
+    normed = block.norm(hidden_states).to(block.norm.weight.dtype)
+    mixed: Tensor = block.mixer(normed, cache_params=cache_params, segments=segments)
+    return residual + mixed
+
+
+class MambaBlock(hf_mamba.MambaBlock):
+    def __init__(self, config: Any, layer_idx: int):
+        nn.Module.__init__(self)
+        self.config, self.layer_idx, self.residual_in_fp32 = config, layer_idx, config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = MambaMixer(config, layer_idx=layer_idx, initialize_mixer_weights=False)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
+    ) -> Tensor:
+        return _block_forward(self, hidden_states, cache_params, segments)
+
+
+class FalconMambaBlock(hf_falcon.FalconMambaBlock):
+    def __init__(self, config: Any, layer_idx: int):
+        nn.Module.__init__(self)
+        self.config, self.layer_idx, self.residual_in_fp32 = config, layer_idx, config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = FalconMambaMixer(config, layer_idx=layer_idx, initialize_mixer_weights=False)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
+    ) -> Tensor:
+        return _block_forward(self, hidden_states, cache_params, segments)
+
+
+@lru_cache(maxsize=16)
+def _equal_roots(rows: int, length: int) -> Segments:
+    """A batch without padding; kept, so that the steps of one generation share their index tensors."""
+    return Segments.from_lengths([length] * rows)
+
+
+def _unpad(attention_mask: Tensor | None, rows: int, length: int) -> tuple[Segments, Tensor | None]:
+    """Segments of a padded batch, and the flat positions of its real tokens (None: all of them).
+
+    A mask may be longer than the input (a continued cache): its last `length` columns count.
+    """
+    if attention_mask is None:
+        return _equal_roots(rows, length), None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask must be [{rows}, >= {length}], got {list(attention_mask.shape)}")
+    mask = attention_mask[:, -length:].bool()
+    lengths = mask.sum(1).tolist()
+    if all(n == length for n in lengths):
+        return _equal_roots(rows, length), None
+    return Segments.from_lengths(lengths), mask.flatten().nonzero()[:, 0]
+
+
+class PackedModel:
+    """The backbone's forward pass; mixed into both families' transformers model classes."""
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        segments: Segments | None = None,
+        **_: Any,
+    ) -> tuple[Any, ...] | MambaOutput:
+        """Padded `[B, L]` with an optional mask (either side), or packed `[1, T]` with `segments`. Pads come out as 0."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        use_cache = bool(use_cache) and segments is None and not (self.gradient_checkpointing and self.training)
+        embeds: Tensor = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        rows, length = embeds.shape[:2]
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=self.config)
+        elif not use_cache and segments is not None and cache_params is not None:
+            raise ValueError("packed segments and a cache do not go together: give roots an initial state instead")
+        real = None
+        if segments is None:
+            segments, real = _unpad(attention_mask, rows, length)
+        elif attention_mask is not None or rows != 1 or length != segments.num_tokens:
+            raise ValueError(
+                f"segments describe one packed row [1, {segments.num_tokens}] without attention_mask, "
+                f"got input of shape [{rows}, {length}]" + (" and a mask" if attention_mask is not None else "")
+            )
+        flat = embeds.flatten(0, 1)
+        hidden = (flat if real is None else flat[real])[None]
+
+        def padded(packed: Tensor) -> Tensor:
+            if real is None:
+                return packed.view(rows, length, -1)
+            out = packed.new_zeros(rows * length, packed.shape[-1])
+            return out.index_copy(0, real, packed[0]).view(rows, length, -1)
+
+        collected: list[Tensor] = []
+        for block in self.layers:
+            hidden = block(hidden, cache_params=cache_params, segments=segments)
+            if output_hidden_states:
+                collected.append(padded(hidden))
+        hidden = padded(self.norm_f(hidden))
+        all_hidden = (*collected, hidden) if output_hidden_states else None
+        cache = cache_params if use_cache else None
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(v for v in (hidden, cache, all_hidden) if v is not None)
+        return MambaOutput(last_hidden_state=hidden, cache_params=cache, hidden_states=all_hidden)
+
+
+class MambaModel(PackedModel, hf_mamba.MambaModel):
+    _keep_in_fp32_modules_strict = FP32_PATTERNS
+
+    def __init__(self, config: Any):
+        # Past transformers' own constructor, which would build (and initialise) every layer a second time.
+        super(hf_mamba.MambaModel, self).__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([MambaBlock(config, layer_idx=i) for i in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.post_init()
+
+
+class FalconMambaModel(PackedModel, hf_falcon.FalconMambaModel):
+    _keep_in_fp32_modules_strict = FP32_PATTERNS
+
+    def __init__(self, config: Any):
+        super(hf_falcon.FalconMambaModel, self).__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([FalconMambaBlock(config, layer_idx=i) for i in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.post_init()
+
+
+class PackedCausalLM:
+    """The head's forward pass; mixed into both families' transformers classes."""
+
+    def set_backend(self: Any, backend: str) -> None:
+        """Use `backend` ("auto" or a name) for the convolution, the scan and the log-probs."""
+        self.backend = backend
+        for block in self.backbone.layers:
+            block.mixer.backend = backend
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Cache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segments: Segments | None = None,
+        target_positions: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | CausalLMOutput:
+        """Logits of a padded batch or of a packed row, or the log-probs of named targets.
+
+        Args:
+            input_ids: int64 `[B, L]`, or packed `[1, T]` with `segments`.
+            attention_mask: `[B, L]`, pads on either side; with a continued cache its last L columns count.
+            labels: shape of input_ids, -100 ignored; shifted along each token's own path, never across sequences.
+            segments: boundaries and forks of a packed row.
+            target_positions, target_ids: int64 `[M]`: the flat row (into `[B * L]`) whose hidden state predicts, and what.
+                Only these rows meet the head, and no logits are returned.
+
+        Returns:
+            `CausalLMOutput` with `logits` fp32 `[B, L, V]`, or with `logps` fp32 `[M]` where targets are given.
+        """
+        outputs = self.backbone(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            attention_mask=attention_mask,
+            segments=segments,
+        )
+        hidden = outputs.last_hidden_state.to(self.lm_head.weight.dtype)
+        loss = logits = logps = None
+        if segments is not None and labels is not None:
+            target_positions, target_ids = _targets_of(labels[0], segments)
+        if target_positions is not None:
+            predicting = take_rows(hidden.flatten(0, 1), target_positions)
+            logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=getattr(self, "backend", "auto"))
+            loss = None if labels is None else -logps.mean()
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+            logits = logits.float() if logits.dtype.itemsize < 4 else logits
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+            logps=logps,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _targets_of(labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """(positions, ids) of the labels of a packed row: each is predicted by the token before it on its own path."""
+    before = segments.predecessor().to(labels.device)
+    wanted = ((labels != -100) & (before >= 0)).nonzero()[:, 0]
+    return before[wanted], labels[wanted]
+
+
+class MambaForCausalLM(PackedCausalLM, hf_mamba.MambaForCausalLM):
+    """transformers' `MambaForCausalLM`, exact on packed, forked and padded input."""
+
+    _keep_in_fp32_modules_strict = FP32_PATTERNS
+
+    def __init__(self, config: Any):
+        super(hf_mamba.MambaForCausalLM, self).__init__(config)
+        self.backbone = MambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class FalconMambaForCausalLM(PackedCausalLM, hf_falcon.FalconMambaForCausalLM):
+    """transformers' `FalconMambaForCausalLM`, exact on packed, forked and padded input."""
+
+    _keep_in_fp32_modules_strict = FP32_PATTERNS
+
+    def __init__(self, config: Any):
+        super(hf_falcon.FalconMambaForCausalLM, self).__init__(config)
+        self.backbone = FalconMambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+FAMILIES: dict[str, type[Any]] = {"mamba": MambaForCausalLM, "falcon_mamba": FalconMambaForCausalLM}
+
+
+def model_class(config: Any) -> type[Any]:
+    """Our class for a transformers config.
+
+    Raises:
+        ValueError: a model type that is not of the families above.
+    """
+    family = getattr(config, "model_type", None)
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; mambalign trains {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[family]
