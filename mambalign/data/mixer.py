@@ -1,0 +1,261 @@
+"""The recipe's dataset mix as one dataset of canonical columns, sampled and shuffled by seed alone.
+
+Canonical columns: `messages` (a list of role and content), `prompt`, `completion`, `chosen`, `rejected` (text or
+messages), `text`; and `row_id`, "dataset:split:index", which every later report and error uses.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+
+from mambalign.data.preferences import tokenize_preferences
+from mambalign.data.sources import Source, is_test_split, load_source, parse_source, plain_message
+from mambalign.data.tokenizing import TokenizedData, tokenize_sft, tokenize_text
+from mambalign.recipe import UserError
+
+if TYPE_CHECKING:
+    from mambalign.recipe import Recipe
+
+__all__ = ["TokenizedData", "load_mix", "tokenize_preferences", "tokenize_sft", "tokenize_text"]
+
+logger = logging.getLogger(__name__)
+
+SCHEMAS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+_MESSAGES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+
+
+def load_mix(recipe: Recipe, split_kind: str) -> datasets.Dataset:
+    """All rows of `dataset_mixer` of one kind, "train" or "test", in canonical columns with `row_id`.
+
+    Training rows are sampled per dataset (`fraction`, `weight`, `max_samples`: the first rows of a permutation seeded
+    by the recipe's seed and the dataset's name, so a larger fraction holds the smaller one), joined, shuffled and cut
+    to `max_train_samples`. Test splits are read whole and in order, each cut to a seeded sample of `max_eval_samples`.
+    Splits whose name says test, eval, validation or held out are never trained on.
+
+    Returns:
+        The rows; for "test" without any test split, a dataset of length 0.
+
+    Raises:
+        UserError: nothing to train on; anything that `load_source` refuses; no columns of a known schema.
+    """
+    assert split_kind in ("train", "test"), split_kind
+    sources = parse_mixer(recipe)
+    splits = list(recipe.dataset_splits or ["train", "test"])
+    seed = _seed(recipe)
+    parts = []
+    for source in sources:
+        if source.weight == 0 and split_kind == "train":
+            continue
+        for split, rows in load_source(source, splits, split_kind):
+            rows = canonical_columns(rows, source, recipe)
+            rows = rows.add_column("row_id", [f"{source.name}:{split}:{i}" for i in range(len(rows))])
+            rng = np.random.default_rng([seed, zlib.crc32(f"{source.name}:{split}".encode())])
+            if split_kind == "train":
+                parts.append(_sample(rows, source, rng))
+            else:
+                kept = rng.permutation(len(rows))[: recipe.max_eval_samples]
+                parts.append(rows if len(kept) == len(rows) else rows.select(np.sort(kept)))
+    if not parts:
+        if split_kind == "test":
+            return datasets.Dataset.from_dict({"row_id": []})
+        raise UserError(_nothing_to_train_on(sources, splits))
+    mix = _concatenate(parts)
+    if split_kind == "test":
+        return mix
+    return mix.select(np.random.default_rng([seed, len(mix)]).permutation(len(mix))[: recipe.max_train_samples])
+
+
+def parse_mixer(recipe: Recipe) -> list[Source]:
+    """The entries of `dataset_mixer`, with `dataset_configs` filled in."""
+    mixer = recipe.dataset_mixer
+    if not mixer:
+        raise UserError(
+            "dataset_mixer: no dataset is named; map hub ids or paths to fractions, as in {data.jsonl: 1.0}"
+        )
+    configs = recipe.dataset_configs or {}
+    if not isinstance(configs, dict):
+        if len(configs) != len(mixer):
+            raise UserError(f"dataset_configs: {len(configs)} names for {len(mixer)} datasets; give one each, or a map")
+        configs = dict(zip(mixer, configs, strict=True))
+    return [parse_source(str(name), entry, configs.get(name)) for name, entry in mixer.items()]
+
+
+def _seed(recipe: Recipe) -> int:
+    for key in ("dataset_seed", "data_seed", "seed"):
+        value = getattr(recipe, key, None)
+        if value is not None:
+            return int(value)
+    return 42
+
+
+def _nothing_to_train_on(sources: list[Source], splits: list[str]) -> str:
+    named = sorted({split for source in sources for split in (source.splits or splits)})
+    if all(is_test_split(split) for split in named):
+        return (
+            f"dataset_splits: {', '.join(named)} are for evaluation only, so nothing is left to train on; add another"
+        )
+    names = ", ".join(source.name for source in sources)
+    return f"nothing to train on: {names} hold(s) evaluation data only, by name; say split: train if it is not"
+
+
+def _sample(rows: datasets.Dataset, source: Source, rng: np.random.Generator) -> datasets.Dataset:
+    count = max(1, round(source.weight * len(rows)))
+    if source.max_samples is not None:
+        count = min(count, source.max_samples)
+    if count == len(rows):
+        return rows
+    passes = [rng.permutation(len(rows)) for _ in range(math.ceil(count / len(rows)))]
+    return rows.select(np.concatenate(passes)[:count])
+
+
+# --------------------------------------------------------------------------------------------------------- columns
+
+
+def canonical_columns(rows: datasets.Dataset, source: Source, recipe: Recipe) -> datasets.Dataset:
+    """Rename to canonical names, keep only the columns of known schemas, and bring conversations to one layout."""
+    there = list(rows.column_names)
+    rename = _renames(there, source, recipe)
+    rows = rows.remove_columns([c for c in rename.values() if c in there and c not in rename])
+    rows = rows.rename_columns({old: new for old, new in rename.items() if old != new})
+    keep = _schema_columns(list(rows.column_names), there, source, recipe)
+    rows = rows.select_columns(keep)
+    for name in keep:
+        feature = rows.features[name]
+        if _is_text(feature):
+            continue
+        if name == "text":
+            raise UserError(f"dataset {source.name!r}: column {name!r} must hold text, it holds {_short(feature)}")
+        if not _is_messages(feature):
+            rows = _to_messages(rows, name, source)
+    return rows
+
+
+def _renames(there: list[str], source: Source, recipe: Recipe) -> dict[str, str]:
+    """source column -> canonical column. The entry's own map must fit; the recipe's applies where it fits."""
+    known = {name for columns in SCHEMAS.values() for name in columns}
+    rename = {}
+    wanted = {**recipe.dataset_columns, **source.columns}
+    if recipe.text_column and recipe.text_column != "text":
+        wanted.setdefault("text", recipe.text_column)
+    for canonical, column in wanted.items():
+        if canonical not in known:
+            raise UserError(f"dataset_columns: {canonical!r} is not one of {', '.join(sorted(known))}")
+        if column in there:
+            rename[column] = canonical
+        elif canonical in source.columns or canonical not in there:
+            key = f"dataset_mixer.{source.name}.columns" if canonical in source.columns else "dataset_columns"
+            if canonical not in source.columns and canonical not in recipe.dataset_columns:
+                key = "text_column"
+                if recipe.schema != "text":
+                    continue
+            raise UserError(f"{key}: dataset {source.name!r} has no column {column!r}; it has {', '.join(there)}")
+    if "conversations" in there and "messages" not in there and "messages" not in rename.values():
+        rename["conversations"] = "messages"
+    return rename
+
+
+def _schema_columns(columns: list[str], there: list[str], source: Source, recipe: Recipe) -> list[str]:
+    schemas = SCHEMAS if recipe.schema == "auto" else {recipe.schema: SCHEMAS[recipe.schema]}
+    found = {name for needed in schemas.values() if set(needed) <= set(columns) for name in needed}
+    if not found:
+        needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in schemas.items())
+        raise UserError(
+            f"dataset {source.name!r} has the columns {', '.join(there)}, which fit no schema ({needs}); name them "
+            "with dataset_columns, a map of the wanted name to the dataset's"
+        )
+    if "chosen" in found and "prompt" in columns:
+        found.add("prompt")
+    return [name for name in columns if name in found]
+
+
+def _short(feature: Any) -> str:
+    return str(feature)[:80]
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
+
+
+def _is_messages(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    return isinstance(inner, dict) and set(inner) == {"role", "content"} and all(map(_is_text, inner.values()))
+
+
+def _to_messages(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset:
+    """Reduce another layout (ShareGPT, extra keys) to role and content; content that is not text becomes None."""
+    feature = rows.features[name]
+    if not isinstance(getattr(feature, "feature", feature), dict):
+        raise UserError(
+            f"dataset {source.name!r}: column {name!r} must hold text or a list of messages (role and content), "
+            f"it holds {_short(feature)}"
+        )
+    features = rows.features.copy()
+    features[name] = _MESSAGES
+    return rows.map(
+        _plain_column,
+        batched=True,
+        fn_kwargs={"name": name},
+        features=features,
+        desc=f"reading {name} of {source.name}",
+    )
+
+
+def _plain_column(batch: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
+    plain = []
+    for messages in batch[name]:
+        if isinstance(messages, Mapping):  # a list of structs that the reader turned into a struct of lists
+            messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+        plain.append(None if messages is None else [plain_message(message) for message in messages])
+    return {name: plain}
+
+
+def _concatenate(parts: list[datasets.Dataset]) -> datasets.Dataset:
+    if len(parts) == 1:
+        return parts[0]
+    names = sorted({name for part in parts for name in part.column_names})
+    if len({_is_text(part.features["prompt"]) for part in parts if "prompt" in part.column_names}) > 1:
+        parts = [_prompt_as_messages(part) for part in parts]
+    for name in names:
+        having = [part for part in parts if name in part.column_names]
+        if len({_is_text(part.features[name]) for part in having}) > 1:
+            first = {_is_text(part.features[name]): part[0]["row_id"] for part in having}
+            raise UserError(
+                f"dataset_mixer: column {name!r} is text in one dataset ({first[True]}) and messages in another "
+                f"({first[False]}); bring them to one layout, or train on them in turn"
+            )
+    target = datasets.Features()
+    for part in parts:
+        for name, feature in part.features.items():
+            target.setdefault(name, datasets.Value("string") if _is_text(feature) else _MESSAGES)
+    aligned = []
+    for part in parts:
+        features = datasets.Features({name: target[name] for name in part.column_names})
+        aligned.append(part if part.features == features else part.cast(features))
+    return datasets.concatenate_datasets(aligned)
+
+
+def _prompt_as_messages(part: datasets.Dataset) -> datasets.Dataset:
+    """A text prompt of an answer in messages is one user turn; said so, it mixes with prompts in messages."""
+    answers = [part.features[name] for name in ("completion", "chosen") if name in part.column_names]
+    if "prompt" not in part.column_names or not _is_text(part.features["prompt"]) or any(map(_is_text, answers)):
+        return part
+    features = part.features.copy()
+    features["prompt"] = _MESSAGES
+    return part.map(_prompt_turn, features=features, desc="prompts to messages")
+
+
+def _prompt_turn(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = row["prompt"]
+    return {"prompt": None if prompt is None else [{"role": "user", "content": prompt}]}

@@ -1,0 +1,547 @@
+"""Every key of a recipe, what it means and what it may be; and how a recipe is loaded."""
+
+# ruff: noqa: RUF009 - `_key` and `_arg` only call dataclasses.field
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mambalign.recipe.legacy import rename_keys
+from mambalign.recipe.values import UserError, coerce, parse_yaml, read_recipe_map, set_nested, split_overrides
+
+logger = logging.getLogger("mambalign")
+
+STAGES = ("cpt", "sft", "dpo")
+Stage = Literal["cpt", "sft", "dpo"]
+LossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo", "kto"]
+Interval = Literal["no", "steps", "epoch"]
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
+    "inverse_sqrt", "reduce_lr_on_plateau", "warmup_stable_decay",
+]
+
+# What a key means when a recipe of this stage does not give it.
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpt": {"truncation": "split", "assistant_only_loss": False},
+    "sft": {},
+    "dpo": {"learning_rate": 5e-7, "max_length": 1024, "max_prompt_length": 512},
+}
+NO_REFERENCE = ("simpo", "orpo")
+_TEST_WORDS = re.compile(r"test|eval|valid|held-?_?out|(?<![a-z])(?:val|dev)(?![a-z])", re.IGNORECASE)
+
+
+def is_test_split(name: str) -> bool:
+    """Whether a split of this name is for evaluation only: `test_sft`, `validation`, `heldout`, `dev`."""
+    return bool(_TEST_WORDS.search(name))
+
+
+def _key(default: Any, group: str, help: str, trainer: bool = False) -> Any:
+    """A recipe key. `trainer`: handed to `transformers.TrainingArguments` under the same name."""
+    metadata = {"help": help, "group": group, "trainer": trainer}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _arg(default: Any, group: str, help: str) -> Any:
+    return _key(default, group, help, trainer=True)
+
+
+@dataclass
+class Recipe:
+    """Every key of a recipe. A value is checked when the recipe is made; `UserError` names the key that is wrong.
+
+    `notes` (not a key) holds one sentence for every key of an earlier recipe that was renamed or ignored.
+    """
+
+    stage: Stage | None = _key(
+        None, "model",
+        "What this recipe is for: cpt, sft or dpo. Optional; the command's verb says it too."
+    )
+    model_name_or_path: str | None = _key(
+        None, "model",
+        "Checkpoint to start from: a folder or hub id, Hugging Face or original state-spaces layout. DPO: the SFT "
+        "run's output_dir."
+    )
+    model_revision: str | None = _key(None, "model", "Branch, tag or commit of the model on the hub.")
+    tokenizer_name_or_path: str | None = _key(
+        None, "model",
+        "Tokenizer, when it is not beside the model (original checkpoints: EleutherAI/gpt-neox-20b)."
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = _key(
+        None, "model",
+        "Type of the stored weights; null is float32 master weights, which `bf16: true` computes on in bfloat16."
+    )
+    bf16: bool = _arg(False, "model", "Compute in bfloat16 (autocast) on the weights of `dtype`.")
+    fp16: bool = _arg(
+        False, "model",
+        "Compute in float16 with loss scaling. Mamba overflows easily in it; prefer bf16."
+    )
+    backend: str = _key(
+        "auto", "model",
+        "Kernel backend of every op: auto, reference, torch, triton. `mambalign doctor` shows what auto picks and "
+        "why."
+    )
+    chat_template: str | None = _key(
+        None, "model",
+        "zephyr, chatml, a Jinja text or file with {% generation %} marks; null is the tokenizer's own."
+    )
+
+    dataset_mixer: dict[str, Any] = _key(
+        {}, "data",
+        "Datasets: {hub id, folder or jsonl/parquet/arrow file: fraction of its training rows, or a map with "
+        "fraction or weight, max_samples, split, config, columns}."
+    )
+    dataset_splits: list[str] = _key(
+        ["train", "test"], "data",
+        "Splits to read. One named test, validation, eval, dev or held out is only ever evaluated."
+    )
+    dataset_configs: list[str] | dict[str, Any] | None = _key(
+        None, "data",
+        "Configuration names of the datasets, in the order of dataset_mixer, or a map of dataset to name."
+    )
+    dataset_columns: dict[str, Any] = _key(
+        {}, "data",
+        "Names of columns: {messages|prompt|completion|chosen|rejected|text: the dataset's name for it}."
+    )
+    dataset_seed: int | None = _key(None, "data", "Seed of mixing and sub-sampling; null is `data_seed`, then `seed`.")
+    text_column: str = _key("text", "data", "Column of plain text (cpt, schema text).")
+    schema: Literal["auto", "messages", "prompt_completion", "text", "preference"] = _key(
+        "auto", "data",
+        "Form of the rows; auto looks at the columns."
+    )
+    system_prompt: str | None = _key(None, "data", "System message put before conversations that have none.")
+    auto_insert_empty_system_msg: bool = _key(
+        False, "data",
+        "Put an empty system message before conversations that have none (the handbook's zephyr models did)."
+    )
+    max_length: int = _key(
+        2048, "data",
+        "Tokens of a packed row (cpt, sft) or the longest prompt + completion (dpo: 1024 when not given)."
+    )
+    max_prompt_length: int | None = _key(
+        None, "data",
+        "Longest prompt of a preference pair; a longer one keeps its end (dpo: 512 when not given)."
+    )
+    truncation: Literal["keep_start", "keep_end", "drop", "split"] = _key(
+        "keep_start", "data",
+        "What happens to an example longer than max_length; counted and reported. split (cpt's default): cut into "
+        "several."
+    )
+    packing: bool = _key(True, "data", "Lay several examples into a row of max_length; their states never mix.")
+    assistant_only_loss: bool = _key(True, "data", "Train on the assistant's turns only (cpt: false).")
+    preprocessing_num_workers: int | None = _key(
+        None, "data",
+        "Processes for tokenizing; null is one. The result does not depend on it."
+    )
+    max_train_samples: int | None = _key(None, "data", "Use at most this many training rows.")
+    max_eval_samples: int | None = _key(None, "data", "Use at most this many rows of each evaluation split.")
+    group_by_prompt: bool = _key(
+        False, "data",
+        "dpo: put pairs of the same prompt in the same batch, so that the prompt is computed once."
+    )
+    max_tokens_per_device: int | None = _key(
+        None, "data",
+        "Split a device batch into micro-batches of at most this many tokens; the update stays the same."
+    )
+
+    loss_type: LossType = _key(
+        "sigmoid", "objective",
+        "Preference loss: sigmoid (DPO), ipo, hinge, robust, apo_zero, apo_down, simpo, orpo, kto."
+    )
+    beta: float = _key(
+        0.1, "objective",
+        "Strength of the pull towards the reference (inverse temperature of the implicit reward); ipo: tau, orpo: "
+        "lambda."
+    )
+    label_smoothing: float = _key(
+        0.0, "objective",
+        "Assumed rate of flipped preferences (sigmoid, robust), 0 to below 0.5."
+    )
+    rpo_alpha: float | None = _key(
+        None, "objective",
+        "Weight of an added log-likelihood term on the chosen completions."
+    )
+    simpo_gamma: float = _key(0.5, "objective", "simpo: target margin between the length-normalised rewards.")
+    reference_batch_tokens: int | None = _key(
+        None, "objective",
+        "Tokens per forward of the reference pass; null is the training batch's size."
+    )
+
+    use_peft: bool = _key(False, "adapters", "Train LoRA adapters instead of all weights.")
+    lora_r: int = _key(16, "adapters", "Rank of the adapters.")
+    lora_alpha: int = _key(16, "adapters", "Scale of the adapters: alpha / r.")
+    lora_dropout: float = _key(0.05, "adapters", "Dropout on the adapters' input.")
+    lora_bias: Literal["none", "all", "lora_only"] = _key("none", "adapters", "Which biases train along.")
+    lora_target_modules: list[str] | None = _key(None, "adapters", "Modules that get an adapter.")
+    lora_modules_to_save: list[str] | None = _key(None, "adapters", "Modules trained in full beside the adapters.")
+    load_in_4bit: bool = _key(False, "adapters", "QLoRA: keep the frozen weights in 4 bits.")
+    load_in_8bit: bool = _key(False, "adapters", "Keep the frozen weights in 8 bits.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _key("nf4", "adapters", "4-bit number format.")
+    bnb_4bit_quant_storage: str | None = _key(None, "adapters", "Type of the tensors that hold the 4-bit numbers.")
+    use_bnb_nested_quant: bool = _key(False, "adapters", "Quantise the quantisation constants too.")
+
+    output_dir: str | None = _arg(
+        None, "training",
+        "Run folder: frozen recipe, metrics, checkpoints and the finished model. The same command again resumes in "
+        "it."
+    )
+    resume: str = _key(
+        "auto", "training",
+        "auto: continue from the newest whole checkpoint in output_dir; never: start afresh; or a checkpoint's "
+        "folder."
+    )
+    learning_rate: float = _arg(2e-5, "training", "Peak learning rate (dpo: 5e-7 when not given).")
+    lr_scheduler_type: Schedule = _arg("cosine", "training", "Schedule after the warmup.")
+    lr_scheduler_kwargs: dict[str, Any] | None = _arg(None, "training", "Extra arguments of the schedule.")
+    warmup_ratio: float | None = _key(
+        None, "training",
+        "Warmup as a share of all steps; 0.1 when neither it nor warmup_steps is given."
+    )
+    warmup_steps: float | None = _key(None, "training", "Warmup steps; below 1 a share of all steps.")
+    num_train_epochs: float = _arg(1.0, "training", "Passes over the training rows.")
+    max_steps: int = _arg(-1, "training", "Stop after this many steps; -1: num_train_epochs decides.")
+    per_device_train_batch_size: int = _arg(
+        8, "training",
+        "cpt, sft: packed rows of max_length; dpo: pairs; on each device, each accumulation step."
+    )
+    per_device_eval_batch_size: int = _arg(8, "training", "The same in evaluation.")
+    gradient_accumulation_steps: int | None = _key(
+        None, "training",
+        "Device batches per optimizer step; null is 1, or what global_batch_size asks for."
+    )
+    global_batch_size: int | None = _key(
+        None, "training",
+        "Rows (or pairs) per optimizer step over all devices; gradient_accumulation_steps follows from it, for any "
+        "number of devices."
+    )
+    gradient_checkpointing: bool = _key(
+        False, "training",
+        "Keep only each layer's input and compute the rest again in the backward pass."
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | None = _key(
+        None, "training",
+        "Arguments of it; {use_reentrant: false} is usual."
+    )
+    optim: str = _arg("adamw_torch", "training", "Optimizer, by its name in transformers.")
+    optim_args: str | None = _arg(None, "training", "Extra arguments of the optimizer: a=1,b=2.")
+    adam_beta1: float = _arg(0.9, "training", "AdamW's first decay.")
+    adam_beta2: float = _arg(0.999, "training", "AdamW's second decay.")
+    adam_epsilon: float = _arg(1e-8, "training", "AdamW's epsilon.")
+    weight_decay: float = _arg(0.0, "training", "Weight decay; never on norms, biases, A_log and D.")
+    max_grad_norm: float = _arg(1.0, "training", "Clip the gradient's norm to this.")
+    seed: int = _arg(42, "training", "Seed of everything random.")
+    data_seed: int | None = _arg(None, "training", "Seed of the order of the data; null is `seed`.")
+    full_determinism: bool = _arg(False, "training", "Only deterministic kernels; slower.")
+    use_cpu: bool = _arg(False, "training", "Train on the CPU although there is an accelerator.")
+    tf32: bool | None = _arg(
+        None, "training",
+        "TensorFloat-32 matrix products on NVIDIA GPUs; null is torch's default."
+    )
+    torch_empty_cache_steps: int | None = _arg(None, "training", "Empty the allocator's cache every so many steps.")
+    dataloader_num_workers: int = _arg(0, "training", "Processes that prepare batches.")
+    dataloader_pin_memory: bool = _arg(True, "training", "Page-locked batches.")
+    dataloader_drop_last: bool = _arg(False, "training", "Drop an incomplete last batch.")
+    dataloader_persistent_workers: bool = _arg(False, "training", "Keep the data processes between epochs.")
+    dataloader_prefetch_factor: int | None = _arg(None, "training", "Batches each data process prepares ahead.")
+
+    do_eval: bool = _arg(
+        True, "evaluation",
+        "Evaluate the test splits after training, and during it as eval_strategy says."
+    )
+    eval_strategy: Interval = _arg("no", "evaluation", "When to evaluate during training: no, steps, epoch.")
+    eval_steps: float | None = _arg(
+        None, "evaluation",
+        "Steps between evaluations; below 1 a share of all steps; null is logging_steps."
+    )
+    eval_delay: float = _arg(0.0, "evaluation", "Steps or epochs before the first evaluation.")
+    eval_on_start: bool = _arg(False, "evaluation", "Evaluate before the first step.")
+    load_best_model_at_end: bool = _arg(False, "evaluation", "Export the best checkpoint instead of the last.")
+    metric_for_best_model: str | None = _arg(None, "evaluation", "Metric that says which is best; null is the loss.")
+    greater_is_better: bool | None = _arg(None, "evaluation", "Direction of that metric.")
+
+    logging_steps: float = _arg(10.0, "logging", "Steps between log lines; below 1 a share of all steps.")
+    logging_strategy: Interval = _arg("steps", "logging", "When to log: no, steps, epoch.")
+    logging_first_step: bool = _arg(True, "logging", "Log the first step too.")
+    log_level: str = _arg("info", "logging", "debug, info, warning, error.")
+    disable_tqdm: bool | None = _arg(None, "logging", "No progress bar.")
+    report_to: list[str] = _arg(
+        ["tensorboard"], "logging",
+        "Loggers beside metrics.jsonl: tensorboard, wandb, ...; none for no other."
+    )
+    run_name: str | None = _arg(None, "logging", "Name of the run in the loggers; null is output_dir.")
+
+    save_strategy: Interval = _arg("steps", "saving", "When to save a checkpoint: no, steps, epoch.")
+    save_steps: float = _arg(500.0, "saving", "Steps between checkpoints; below 1 a share of all steps.")
+    save_total_limit: int | None = _arg(
+        2, "saving",
+        "Checkpoints to keep; with 2, one that a crash tore has another before it."
+    )
+    save_only_model: bool = _arg(False, "saving", "Save no optimizer state: smaller, but such a run cannot resume.")
+    push_to_hub: bool = _arg(False, "saving", "Upload the finished model and its card.")
+    hub_model_id: str | None = _arg(
+        None, "saving",
+        "Repository to push to; null is output_dir's name under your account."
+    )
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = _arg(
+        "every_save", "saving",
+        "When to push."
+    )
+    hub_private_repo: bool | None = _arg(None, "saving", "Make the repository private.")
+    hub_revision: str | None = _arg(None, "saving", "Branch to push to.")
+
+    fsdp: str | None = _arg(None, "distributed", "Fully sharded data parallel options.")
+    fsdp_config: dict[str, Any] | None = _arg(None, "distributed", "Arguments of fsdp.")
+    deepspeed: str | None = _arg(None, "distributed", "DeepSpeed config file.")
+    ddp_backend: str | None = _arg(None, "distributed", "nccl, gloo, ...")
+    ddp_find_unused_parameters: bool | None = _arg(None, "distributed", "As in DistributedDataParallel.")
+    ddp_bucket_cap_mb: int | None = _arg(None, "distributed", "As in DistributedDataParallel.")
+    ddp_timeout: int = _arg(1800, "distributed", "Seconds a collective may wait.")
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []
+        hints = key_types()
+        for item in fields(self):
+            setattr(self, item.name, coerce(item.name, getattr(self, item.name), hints[item.name]))
+        _check_values(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, stage: str | None = None) -> Recipe:
+        """A recipe from a map of keys, today's or an earlier handbook's, with the defaults of its stage.
+
+        Raises:
+            UserError: unknown key, wrong type, values that cannot go together, or a required key of the stage missing.
+        """
+        renamed, notes = rename_keys(values, key_types())
+        written = renamed.get("stage")
+        if stage is not None and stage not in STAGES:
+            raise UserError(f"stage must be one of {', '.join(STAGES)}, not {stage!r}")
+        if stage and written and written != stage:
+            raise UserError(f"this is a recipe for {written} (its key `stage` says so), not for {stage}")
+        renamed["stage"] = coerce("stage", stage or written, key_types()["stage"])
+        recipe = cls(**(STAGE_DEFAULTS.get(renamed["stage"] or "", {}) | renamed))
+        recipe.notes = notes
+        if recipe.stage:
+            recipe.require(recipe.stage)
+        return recipe
+
+    def require(self, stage: str) -> None:
+        """`UserError` unless the keys that a run of `stage` cannot do without are given."""
+        for name in ("model_name_or_path", "dataset_mixer", "output_dir"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is missing: {key_help(name)}")
+        if stage == "dpo" and self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}): "
+                "the completion needs room"
+            )
+        if stage == "dpo" and self.truncation == "split":
+            raise UserError("truncation: split cuts plain text; a preference pair can be keep_start, keep_end or drop")
+        own_splits = any(isinstance(entry, dict) and "split" in entry for entry in self.dataset_mixer.values())
+        if not self.train_splits and not own_splits:
+            raise UserError(f"dataset_splits {self.dataset_splits} name only test splits; nothing is left to train on")
+
+    @property
+    def train_splits(self) -> list[str]:
+        """Splits that are trained on: those whose name does not say test, evaluation, validation or held out."""
+        return [s for s in self.dataset_splits if not is_test_split(s)]
+
+    @property
+    def test_splits(self) -> list[str]:
+        """Splits that are only ever evaluated, by their name."""
+        return [s for s in self.dataset_splits if is_test_split(s)]
+
+    def adapter_keys(self) -> list[str]:
+        """The keys that ask for adapters or quantised weights, empty for full fine-tuning."""
+        return [name for name in ("use_peft", "load_in_4bit", "load_in_8bit") if getattr(self, name)]
+
+    def accumulation_steps(self, world_size: int = 1) -> int:
+        """Device batches per optimizer step with `world_size` devices.
+
+        Raises:
+            UserError: global_batch_size cannot be reached exactly, or contradicts gradient_accumulation_steps.
+        """
+        given, wanted = self.gradient_accumulation_steps, self.global_batch_size
+        if wanted is None:
+            return given or 1
+        per_step = self.per_device_train_batch_size * world_size
+        arithmetic = f"per_device_train_batch_size {self.per_device_train_batch_size} x {world_size} device(s)"
+        if wanted % per_step:
+            raise UserError(f"global_batch_size {wanted} is not a multiple of {arithmetic} = {per_step}")
+        if given is not None and given != wanted // per_step:
+            raise UserError(
+                f"global_batch_size {wanted} and gradient_accumulation_steps {given} disagree: "
+                f"{arithmetic} x {given} = {per_step * given}; remove one of them (--global_batch_size null)"
+            )
+        return wanted // per_step
+
+    def training_arguments(self, world_size: int | None = None, supported: Collection[str] = ()) -> dict[str, Any]:
+        """What is handed to `transformers.TrainingArguments`, good for every 5.x release.
+
+        Args:
+            world_size: training processes; None reads WORLD_SIZE, which every launcher sets.
+            supported: names the installed `TrainingArguments` takes; lets newer names be used where old ones warn.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["trainer"]}
+        values = {name: value for name, value in values.items() if value is not None}
+        # transformers 5 has no warmup_ratio: warmup_steps below 1 is the share.
+        if self.warmup_steps is not None:
+            values["warmup_steps"] = self.warmup_steps
+        else:
+            values["warmup_steps"] = 0.1 if self.warmup_ratio is None else self.warmup_ratio
+        processes = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        values["gradient_accumulation_steps"] = self.accumulation_steps(processes)
+        values["report_to"] = self.report_to or "none"
+        if self.gradient_checkpointing:
+            prefix = "activation" if "activation_checkpointing" in supported else "gradient"
+            values[f"{prefix}_checkpointing"] = True
+            if self.gradient_checkpointing_kwargs:
+                values[f"{prefix}_checkpointing_kwargs"] = self.gradient_checkpointing_kwargs
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value; `Recipe.from_dict` gives an equal recipe back."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included and grouped, as YAML that loads to an equal recipe."""
+        parts = []
+        for group, items in key_groups().items():
+            values = {item.name: getattr(self, item.name) for item in items}
+            parts.append(f"# {group}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+        return "\n".join(parts)
+
+
+def _check_values(recipe: Recipe) -> None:
+    """Ranges and pairs of keys that cannot work in any stage."""
+
+    def refuse(key: str, why: str) -> None:
+        raise UserError(f"{key} is {getattr(recipe, key)!r}: {why}")
+
+    positive = (
+        "max_length", "max_prompt_length", "max_tokens_per_device", "beta", "learning_rate", "num_train_epochs",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
+        "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "reference_batch_tokens", "lora_r",
+        "lora_alpha", "logging_steps", "save_steps", "eval_steps", "save_total_limit",
+    )  # fmt: skip
+    for key in positive:
+        value = getattr(recipe, key)
+        if value is not None and value <= 0:
+            refuse(key, "it must be above 0")
+    for key in ("weight_decay", "max_grad_norm", "warmup_steps", "rpo_alpha", "simpo_gamma", "dataloader_num_workers"):
+        value = getattr(recipe, key)
+        if value is not None and value < 0:
+            refuse(key, "it must not be negative")
+    if not 0 <= recipe.label_smoothing < 0.5:
+        refuse("label_smoothing", "it is a rate of flipped labels from 0 to below 0.5")
+    if recipe.label_smoothing and recipe.loss_type not in ("sigmoid", "robust"):
+        refuse("label_smoothing", f"loss_type {recipe.loss_type} has none; only sigmoid and robust do")
+    if recipe.warmup_ratio is not None and not 0 <= recipe.warmup_ratio < 1:
+        refuse("warmup_ratio", "it is a share of all steps from 0 to below 1; write a number of steps as warmup_steps")
+    if recipe.warmup_ratio is not None and recipe.warmup_steps:
+        refuse("warmup_ratio", f"warmup_steps ({recipe.warmup_steps:g}) is given too; keep one of them")
+    if recipe.max_steps == 0 or recipe.max_steps < -1:
+        refuse("max_steps", "it is a number of steps, or -1 to let num_train_epochs decide")
+    if recipe.bf16 and recipe.fp16:
+        refuse("fp16", "bf16 is on too; keep bf16")
+    if recipe.load_in_4bit and recipe.load_in_8bit:
+        refuse("load_in_8bit", "load_in_4bit is on too; keep one of them")
+    if isinstance(recipe.dataset_configs, list) and len(recipe.dataset_configs) != len(recipe.dataset_mixer):
+        refuse("dataset_configs", f"it names one for each of the {len(recipe.dataset_mixer)} datasets of dataset_mixer")
+    for name, share in recipe.dataset_mixer.items():
+        if not isinstance(share, dict) and (isinstance(share, bool) or not isinstance(share, int | float) or share < 0):
+            raise UserError(f"dataset_mixer: {name!r} has {share!r}; it must be a fraction of its rows, or a map")
+    if recipe.load_best_model_at_end and recipe.eval_strategy == "no":
+        refuse("load_best_model_at_end", "nothing is evaluated during training; set eval_strategy: steps or epoch")
+
+
+@cache
+def key_types() -> dict[str, Any]:
+    """Name -> type of every key."""
+    hints = get_type_hints(Recipe)
+    return {item.name: hints[item.name] for item in fields(Recipe)}
+
+
+@cache
+def key_groups() -> dict[str, list[Field[Any]]]:
+    """Group -> its keys, in the order of `Recipe`."""
+    groups: dict[str, list[Field[Any]]] = {}
+    for item in fields(Recipe):
+        groups.setdefault(item.metadata["group"], []).append(item)
+    return groups
+
+
+def key_help(name: str) -> str:
+    """The help text of a key."""
+    return str(next(item.metadata["help"] for item in fields(Recipe) if item.name == name))
+
+
+def key_default(item: Field[Any]) -> Any:
+    """The default value of a key."""
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def _apply_override(values: dict[str, Any], name: str, words: list[str] | None) -> None:
+    key, dot, path = name.partition(".")
+    types = key_types()
+    if dot:
+        target = values.get(key) or {}
+        if not isinstance(target, dict) or (key in types and not _is_map(types[key])):
+            raise UserError(f"--{name}: {key} is not a map that could hold {path!r}")
+        text = " ".join(words or ["true"])
+        target = dict(target)
+        set_nested(target, path, parse_yaml(text, f"--{name}"), key)
+        values[key] = target
+        return
+    if words is None and types.get(key, bool) not in (bool, bool | None):
+        raise UserError(f"--{name} needs a value: {key_help(key)}")
+    value: Any = words or ["true"]
+    values[key] = value[0] if len(value) == 1 else value
+    if len(value) > 1 and key in types and not _is_list(types[key]):
+        raise UserError(f"--{name} takes one value, not {len(value)}: {' '.join(value)!r}")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return (annotation, *get_args(annotation))
+
+
+def _is_map(annotation: Any) -> bool:
+    return any(get_origin(a) is dict for a in _members(annotation))
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(a) is list for a in _members(annotation))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
+    """Read a recipe, put `--key value` overrides over it, check it.
+
+    Args:
+        path: YAML file; its `extends` files (relative to it) are read first, key by key the later one wins.
+        overrides: words of a command line: `--learning_rate 1e-5`, `--packing=false`, `--push_to_hub`,
+            `--dataset_splits train_sft,test_sft`, `--dataset_mixer.my/set=0.5`.
+        stage: "cpt", "sft" or "dpo"; brings the stage's defaults and its required keys. None: as the recipe says.
+
+    Every key of an earlier handbook that was renamed or has no meaning here is said once on the logger "mambalign".
+    """
+    values, notes = rename_keys(read_recipe_map(Path(path).expanduser()), key_types())
+    extra: dict[str, Any] = {}
+    for name, words in split_overrides(overrides):
+        key = name.partition(".")[0]
+        if "." in name and key not in extra and key in values:
+            extra[key] = values[key]
+        _apply_override(extra, name, words)
+    extra, more = rename_keys(extra, key_types())
+    recipe = Recipe.from_dict(values | extra, stage=stage)
+    recipe.notes = list(dict.fromkeys(notes + more))
+    for note in recipe.notes:
+        logger.warning("%s: %s", path, note)
+    return recipe

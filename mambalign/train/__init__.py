@@ -1,0 +1,1 @@
+"""Objectives, the training step, reference log-probs, and runs that survive being killed."""

@@ -1,0 +1,144 @@
+"""The model card of a run, and its way to the hub."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+
+from mambalign.data.mixer import TokenizedData
+from mambalign.recipe import Recipe, UserError
+
+logger = logging.getLogger("mambalign")
+
+STAGES = {"cpt": "continued pre-training", "sft": "supervised fine-tuning", "dpo": "preference optimisation"}
+# A run folder holds much that is nobody's business on the hub, checkpoints above all.
+NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", "previous-*/**", "reference/**", "runs/**", ".*", ".*/**"]
+
+
+def write(
+    folder: Path, stage: str, recipe: Recipe, facts: dict[str, Any], data: TokenizedData, lines: list[dict[str, Any]]
+) -> None:
+    """`README.md` in `folder`: what it was made from, with what recipe and data, and how it measured."""
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": facts["model"],
+        "datasets": [name for name in recipe.dataset_mixer if not Path(name).expanduser().exists()],
+        "tags": ["mambalign", "mamba", stage],
+    }
+    settings = recipe.to_dict()
+    shown = {key: value for key, value in settings.items() if value != getattr(Recipe(), key)}
+    objective = f"`{recipe.loss_type}`, beta {recipe.beta}" if stage == "dpo" else "next-token cross-entropy"
+    parent = f" (itself the result of {STAGES[facts['trained_by']]})" if facts.get("trained_by") in STAGES else ""
+    text = f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+
+# {recipe.run_name or folder.name}
+
+Made from `{facts["model"]}`{parent} by {STAGES[stage]} with [mambalign](https://pypi.org/project/mambalign): {objective}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{recipe.hub_model_id or folder}")
+model = AutoModelForCausalLM.from_pretrained("{recipe.hub_model_id or folder}")
+```
+
+## Lineage
+
+| | |
+|---|---|
+| started from | `{facts["model"]}`, revision {facts.get("revision") or "not pinned"} |
+| its weights (SHA-256) | `{facts["weights"]}` |
+| training data (SHA-256 of the token ids) | `{data.fingerprint}` |
+
+## Data
+
+{_table(data.report)}
+
+## Metrics
+
+{_metrics(lines)}
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip()}
+```
+"""
+    (folder / "README.md").write_text(text)
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = [f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value} |" for key, value in values.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _metrics(lines: list[dict[str, Any]]) -> str:
+    training = [line for line in lines if "learning_rate" in line]
+    evaluation = [line for line in lines if any(key.startswith("eval_") for key in line)]
+    rows = []
+    for name, chosen in (("last training line", training[-1:]), ("last evaluation", evaluation[-1:])):
+        for line in chosen:
+            rows += [f"| {name} | {key} | {value:.5g} |" for key, value in line.items() if isinstance(value, float)]
+    return "\n".join(["| when | metric | value |", "|---|---|---|", *rows]) if rows else "None were logged."
+
+
+def push(folder: Path, recipe: Recipe) -> None:
+    """Upload the finished run if the recipe asks for it. The model is safe on disk whatever the hub says."""
+    if not recipe.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        repo = api.create_repo(recipe.hub_model_id or folder.name, private=recipe.hub_private_repo, exist_ok=True).repo_id
+        if recipe.hub_revision:
+            api.create_branch(repo, branch=recipe.hub_revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, ignore_patterns=NOT_UPLOADED, revision=recipe.hub_revision,
+            commit_message="Finished run",
+        )  # fmt: skip
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"the run is finished and whole in {folder}, but pushing it to the hub failed: {error}. "
+            "Log in with `hf auth login` and upload the folder, or set push_to_hub: false"
+        ) from error
+    logger.info("pushed to https://huggingface.co/%s", repo)
+
+
+class _PushCheckpoints(TrainerCallback):
+    """Uploads the model of every checkpoint in the background; a failed upload is reported and forgotten."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        from huggingface_hub import HfApi
+
+        future: Any = HfApi().upload_folder(
+            repo_id=self.recipe.hub_model_id or Path(args.output_dir).name,
+            folder_path=folder,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+            ignore_patterns=["trainer_state.json", "manifest.json", "accumulators.json"],
+            revision=self.recipe.hub_revision,
+            commit_message=f"Step {state.global_step}",
+            run_as_future=True,
+        )
+        future.add_done_callback(
+            lambda done: done.exception() and logger.warning("pushing %s failed: %s", folder.name, done.exception())
+        )
+
+
+def attach_hub(trainer: Any, recipe: Recipe) -> None:
+    """Push along the way where the recipe says `push_to_hub: true` with a `hub_strategy` other than "end"."""
+    if recipe.push_to_hub and recipe.hub_strategy != "end":
+        trainer.add_callback(_PushCheckpoints(recipe))

@@ -1,0 +1,111 @@
+"""Checkpoints that are complete or not there: written beside, listed in a manifest, synced, renamed.
+
+A folder `checkpoint-N` counts only if `manifest.json` lists every file with its size and SHA-256 and all agree. A kill at any
+moment leaves either the finished folder or a staging folder that the next save removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("mambalign")
+
+MANIFEST = "manifest.json"
+STAGING = ".saving"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of `folder` and force everything to disk."""
+    entries = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in _files(folder)
+    }
+    write_json(folder / MANIFEST, {"files": entries})
+    for path in [*_files(folder), folder / MANIFEST, folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Seal `staged` and make it appear as `final` in one rename; an older folder of that name goes first."""
+    seal(staged)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(staged, final)
+    _sync(final.parent)
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is complete and unchanged."""
+    try:
+        listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"has no {MANIFEST}: the save did not finish"
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return f"has an unreadable {MANIFEST}"
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"misses {name}"
+        if path.stat().st_size != entry["bytes"]:
+            return f"has {name} with {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+        if sha256_file(path) != entry["sha256"]:
+            return f"has {name} with changed content"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """All `checkpoint-N` folders of a run, newest first, complete or not."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.search(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_complete(run: Path) -> Path | None:
+    """The newest checkpoint that can be trusted; every newer torn one is named in a warning."""
+    for path in checkpoints(run):
+        problem = fault(path)
+        if problem is None:
+            return path
+        logger.warning("skipping %s: it %s", path, problem)
+    return None
+
+
+def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:
+    """Keep the newest `limit` complete checkpoints and `keep`. Torn ones never count: the last good one never goes."""
+    if limit is None:
+        return
+    complete = [path for path in checkpoints(run) if (path / MANIFEST).is_file()]
+    for path in complete[max(limit, 1) :]:
+        if str(path) != keep:
+            shutil.rmtree(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically: a reader sees the old content or the new one."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(beside, path)

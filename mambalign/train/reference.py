@@ -1,0 +1,135 @@
+"""Reference log-probs: computed once, from the initial weights, kept in the run folder under a hash of all they depend on.
+
+No second model is held in memory and no prompt is read twice. The pass is cut into parts of a few hundred pairs; each is
+written when it is done, so an interrupted pass goes on where it stopped, and is checked against its own hash on reuse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
+
+from mambalign.data.packing import Collator, PackedRows
+from mambalign.train.objectives import sequence_sums
+from mambalign.train.trainer import target_logps
+
+logger = logging.getLogger("mambalign")
+
+PART = 256  # pairs in a part: a kill loses at most this many
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cache_key(**facts: Any) -> str:
+    """Hash of everything the log-probs depend on: weights, data, precision, how batches are cut."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def reference_logps(
+    model: nn.Module,
+    rows: PackedRows,
+    *,
+    folder: Path,
+    key: str,
+    max_tokens: int | None,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    description: str = "reference log-probs",
+) -> Tensor:
+    """fp32 `[N, 2]`: log-probs of chosen and rejected of pair i under `model`, from the cache where it holds them.
+
+    Args:
+        rows: pairs, in dataset order (`group_by_prompt=False`).
+        folder: where parts are kept, in a sub-folder named by the key.
+        key: see `cache_key`. max_tokens: bound of a forward pass.
+    """
+    store = folder / key[:16]
+    store.mkdir(parents=True, exist_ok=True)
+    collator = Collator("pairs", max_tokens)
+    was_training = model.training
+    model.eval()
+    parts: list[Tensor] = []
+    reused = 0
+    for number, start in enumerate(_progress(range(0, len(rows), PART), description)):
+        path = store / f"part-{number:05d}.safetensors"
+        indices = range(start, min(start + PART, len(rows)))
+        part = _read(path, key, len(indices))
+        if part is None:
+            part = _compute(model, rows, indices, collator, device, autocast)
+            _write(path, key, part)
+        else:
+            reused += len(indices)
+        parts.append(part)
+    model.train(was_training)
+    if reused:
+        logger.info("%s: %d of %d pairs verified and reused from %s", description, reused, len(rows), store)
+    return torch.cat(parts) if parts else torch.zeros(0, 2)
+
+
+def _progress(steps: range, description: str) -> Iterator[int]:
+    return iter(hf_logging.tqdm(steps, desc=description, disable=len(steps) < 2))
+
+
+@torch.no_grad()
+def _compute(
+    model: nn.Module,
+    rows: PackedRows,
+    indices: range,
+    collator: Collator,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Tensor:
+    part = torch.zeros(len(indices), 2)
+    for batch in collator([rows[i] for i in indices]):
+        batch = batch.to(device)
+        assert batch.pairs is not None
+        with autocast():
+            logps = target_logps(model, batch)
+        sums, _ = sequence_sums(logps, batch.target_sequence, batch.num_sequences)
+        part[batch.indices.cpu() - indices.start] = sums[batch.pairs].float().cpu()
+    return part
+
+
+def _digest(part: Tensor) -> str:
+    return hashlib.sha256(part.numpy().tobytes()).hexdigest()
+
+
+def _write(path: Path, key: str, part: Tensor) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    save_file({"logps": part}, str(beside), metadata={"key": key, "sha256": _digest(part)})
+    os.replace(beside, path)
+
+
+def _read(path: Path, key: str, count: int) -> Tensor | None:
+    """A part whose content matches what it says of itself; None (and a word why) if it is not there or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts, part = file.metadata() or {}, file.get_tensor("logps")
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s cannot be read (%s): computing it again", path, error)
+        return None
+    if facts.get("key") != key or facts.get("sha256") != _digest(part) or part.shape != (count, 2):
+        logger.warning("%s does not match its own hash: computing it again", path)
+        return None
+    return part

@@ -1,0 +1,375 @@
+"""A run: from a recipe to a folder that holds everything about it. Running the same recipe again resumes it.
+
+The folder: `recipe.yaml` (frozen), `environment.json`, `data.json` (what was read, cut and skipped), `metrics.jsonl`,
+`checkpoint-*/`, `reference/` (DPO), `run.json` (status, lineage, final metrics), and at the end the model, its tokenizer
+and its card, loadable by plain transformers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import TrainingArguments
+
+from mambalign.data.chat import apply_template, check_template, set_pad_token
+from mambalign.data.mixer import TokenizedData, load_mix, tokenize_preferences, tokenize_sft, tokenize_text
+from mambalign.data.packing import Collator, PackedRows
+from mambalign.models.checkpoint import add_tokens, load_model, load_tokenizer, save_model
+from mambalign.recipe import Recipe, UserError
+from mambalign.train import card, checkpoint
+from mambalign.train.objectives import PreferenceOptions
+from mambalign.train.reference import cache_key, reference_logps, weights_fingerprint
+from mambalign.train.trainer import METRICS, PackedTrainer, PreferenceObjective, SequenceObjective, read_metrics
+
+logger = logging.getLogger("mambalign")
+
+RUN, RECIPE, DATA, ENVIRONMENT = "run.json", "recipe.yaml", "data.json", "environment.json"
+TOKENIZE = {"cpt": tokenize_text, "sft": tokenize_sft, "dpo": tokenize_preferences}
+# Keys that change where and how fast a run goes, but not what it computes: free to change before resuming.
+FREE_GROUPS = ("logging", "saving", "distributed")
+FREE_KEYS = frozenset(
+    "resume max_tokens_per_device reference_batch_tokens preprocessing_num_workers per_device_eval_batch_size "
+    "gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps dataloader_num_workers "
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor do_eval".split()
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """`metrics`: the final evaluation and the last training line. `already_finished`: nothing had to be done."""
+
+    output_dir: Path
+    global_step: int
+    metrics: dict[str, Any]
+    already_finished: bool = False
+
+
+def run(stage: str, recipe: Recipe) -> RunResult:
+    """Train `stage` ("cpt", "sft" or "dpo") as the recipe says, resuming whatever its `output_dir` holds.
+
+    Raises:
+        UserError: anything the user can mend: recipe, data, model, or an `output_dir` of another recipe.
+        NonFiniteLossError: the loss diverged.
+    """
+    recipe.require(stage)
+    if recipe.adapter_keys():
+        raise UserError(
+            f"{', '.join(recipe.adapter_keys())}: adapters and quantised weights are not in this version yet; "
+            "use the recipe's config_full.yaml, or set them to false for full fine-tuning"
+        )
+    folder = Path(str(recipe.output_dir)).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder):
+        finished = _claim(folder, recipe, stage)
+        return finished or _train(stage, recipe, folder)
+
+
+def _train(stage: str, recipe: Recipe, folder: Path) -> RunResult:
+    # The arguments come first: they set up devices and seeds, and refuse early what cannot work.
+    args = training_arguments(recipe, folder)
+    model, tokenizer, facts = load_start(recipe, stage)
+    train, evaluation = load_data(recipe, stage, tokenizer)
+    _write_facts(folder, train, evaluation)
+    kind: Any = "pairs" if stage == "dpo" else "sequences"
+    rows = {name: _rows(recipe, data, kind) for name, data in (("train", train), ("eval", evaluation)) if data}
+    objective = _objective(stage, recipe)
+    trainer = PackedTrainer(
+        model=model,
+        args=args,
+        objective=objective,
+        train_rows=rows["train"],
+        eval_rows=rows.get("eval"),
+        collator=Collator(kind, recipe.max_tokens_per_device),
+        tokenizer=tokenizer,
+        sampler_seed=recipe.seed if recipe.data_seed is None else recipe.data_seed,
+        row_ids=train.dataset["row_id"],
+        write_card=lambda target: card.write(target, stage, recipe, facts, train, read_metrics(folder / METRICS)),
+    )
+    _say_plan(trainer, rows, recipe, stage)
+    if isinstance(objective, PreferenceObjective) and objective.options.needs_reference:
+        data = {"train": train, "eval": evaluation}
+        for name in rows:
+            objective.reference[name] = _reference(trainer, rows[name], data[name], name, recipe, folder, facts)
+    start = _resume_point(folder, recipe)
+    if start is not None:
+        logger.info("resuming from %s", start)
+        trainer.restore_accumulators(start)
+    card.attach_hub(trainer, recipe)
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    metrics = trainer.evaluate() if "eval" in rows and recipe.do_eval else {}
+    return _finish(trainer, folder, recipe, tokenizer, metrics)
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One process group per run folder: two would overwrite each other's checkpoints."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {folder}; wait for it, or choose another output_dir") from error
+        except OSError:
+            logger.warning("%s cannot be locked (no locks on this file system); start no second run in it", folder)
+        yield
+
+
+def _claim(folder: Path, recipe: Recipe, stage: str) -> RunResult | None:
+    """Make the folder this recipe's; the result if the run in it is finished.
+
+    Raises:
+        UserError: it holds a run of another recipe, and `resume` is not "never".
+    """
+    frozen = folder / RECIPE
+    if recipe.resume == "never" and frozen.exists():
+        _set_aside(folder)
+    if frozen.exists():
+        earlier = Recipe.from_dict(_read_yaml(frozen))
+        changed = _changed_keys(earlier, recipe)
+        if changed:
+            raise UserError(
+                f"{folder} holds a run of another recipe, which differs in {'; '.join(changed)}. Put the old values back "
+                "to resume it, choose another output_dir, or pass --resume never to set the old run aside and start afresh"
+            )
+        state = _read_json(folder / RUN)
+        if state.get("status") == "finished":
+            logger.info("%s is finished (%d steps): nothing to do", folder, state["global_step"])
+            return RunResult(folder, state["global_step"], state["metrics"], already_finished=True)
+    frozen.write_text(recipe.to_yaml())
+    checkpoint.write_json(folder / RUN, {"stage": stage, "status": "running", "started": _now()})
+    checkpoint.write_json(folder / ENVIRONMENT, _environment())
+    return None
+
+
+def _changed_keys(earlier: Recipe, now: Recipe) -> list[str]:
+    from mambalign.recipe import key_groups
+
+    free = FREE_KEYS | {item.name for group in FREE_GROUPS for item in key_groups()[group]} | {"output_dir"}
+    before, after = earlier.to_dict(), now.to_dict()
+    return [f"{key} ({before[key]!r}, now {after[key]!r})" for key in after if key not in free and before[key] != after[key]]
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier run's files into `previous-N`: asked to start afresh, but nothing is lost."""
+    number = 1 + sum(1 for _ in folder.glob("previous-*"))
+    target = folder / f"previous-{number}"
+    target.mkdir()
+    for entry in list(folder.iterdir()):
+        if not entry.name.startswith("previous-") and entry.name != ".lock":
+            os.replace(entry, target / entry.name)
+    logger.info("the earlier run was moved to %s", target)
+
+
+def _resume_point(folder: Path, recipe: Recipe) -> Path | None:
+    if recipe.resume in ("auto", "never"):
+        return checkpoint.newest_complete(folder)
+    chosen = Path(recipe.resume).expanduser()
+    if not chosen.is_dir():
+        raise UserError(f"resume: {recipe.resume!r} is neither auto, never nor a checkpoint folder")
+    problem = checkpoint.fault(chosen)
+    if problem:
+        raise UserError(f"resume: {chosen} {problem}; --resume auto takes the newest complete one")
+    return chosen
+
+
+def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any, metrics: dict[str, Any]) -> RunResult:
+    if not trainer.is_world_process_zero():
+        return RunResult(folder, trainer.state.global_step, metrics)
+    lines = [line for line in read_metrics(folder / METRICS) if "learning_rate" in line]
+    summary = (lines[-1] if lines else {}) | metrics
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    save_model(model, folder, tokenizer=tokenizer, overwrite=True)
+    trainer.create_model_card()
+    state = _read_json(folder / RUN) | {
+        "status": "finished",
+        "ended": _now(),
+        "global_step": trainer.state.global_step,
+        "metrics": summary,
+    }
+    checkpoint.write_json(folder / RUN, state)
+    card.push(folder, recipe)
+    return RunResult(folder, trainer.state.global_step, summary)
+
+
+def _write_facts(folder: Path, train: TokenizedData, evaluation: TokenizedData | None) -> None:
+    facts = {"train": train, "eval": evaluation}
+    checkpoint.write_json(
+        folder / DATA,
+        {name: {"report": data.report, "fingerprint": data.fingerprint} for name, data in facts.items() if data},
+    )
+
+
+def _environment() -> dict[str, Any]:
+    names = ("mambalign", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), "platform": platform.platform(), "device": device, "packages": versions}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    return dict(yaml.safe_load(path.read_text()))
+
+
+# ------------------------------------------------------------------------------------------------- what goes into it
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    """transformers' arguments for a recipe; what transformers refuses becomes a `UserError` in its words."""
+    supported = set(inspect.signature(TrainingArguments).parameters)
+    values = recipe.training_arguments(supported=supported)
+    for name in ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"):
+        values.pop(name, None)  # `card.push` uploads whole, verified files; see there
+    loggers = values.get("report_to", [])
+    values |= {
+        "output_dir": str(folder),
+        "report_to": loggers if loggers in ("none", ["none"]) else sorted({*loggers, "tensorboard"}),
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+    }
+    unknown = sorted(set(values) - supported)
+    if unknown:
+        raise UserError(f"the installed transformers does not know {', '.join(unknown)}; leave out or upgrade")
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"transformers.TrainingArguments: {error}") from error
+
+
+def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, tokenizer, lineage facts) that the run starts from, chat tokens added."""
+    path = str(recipe.model_name_or_path)
+    tokenizer = load_tokenizer(
+        recipe.tokenizer_name_or_path or path,
+        revision=None if recipe.tokenizer_name_or_path else recipe.model_revision,
+    )
+    before = len(tokenizer)
+    if stage == "cpt" and recipe.chat_template is None:
+        set_pad_token(tokenizer)
+    else:
+        apply_template(tokenizer, recipe.chat_template)
+        check_template(tokenizer)
+    model: Any = load_model(path, dtype=recipe.dtype or "float32", revision=recipe.model_revision)
+    grown = add_tokens(model, tokenizer, new_ids=len(tokenizer) - before)
+    if len(tokenizer) > before:
+        logger.info("%d chat tokens added to the tokenizer, %d rows to the embedding", len(tokenizer) - before, grown)
+    model.set_backend(recipe.backend)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    facts = {
+        "model": path,
+        "revision": recipe.model_revision,
+        "weights": weights_fingerprint(model),
+        "trained_by": _read_json(Path(path).expanduser() / RUN).get("stage"),
+    }
+    return model, tokenizer, facts
+
+
+def load_data(recipe: Recipe, stage: str, tokenizer: Any) -> tuple[TokenizedData, TokenizedData | None]:
+    """Tokenised training and evaluation rows; (.., None) where no split is for evaluation."""
+    train = TOKENIZE[stage](load_mix(recipe, "train"), tokenizer, recipe)
+    held_out: datasets.Dataset = load_mix(recipe, "test")
+    if not len(held_out):
+        if recipe.eval_strategy != "no":
+            raise UserError(
+                f"eval_strategy: {recipe.eval_strategy}, but none of dataset_splits {recipe.dataset_splits} is there to "
+                "evaluate on; add a split with `test` in its name, or set eval_strategy: no"
+            )
+        return train, None
+    return train, TOKENIZE[stage](held_out, tokenizer, recipe)
+
+
+def _rows(recipe: Recipe, data: TokenizedData, kind: Any) -> PackedRows:
+    return PackedRows(
+        data.dataset,
+        max_length=recipe.max_length,
+        kind=kind,
+        seed=recipe.seed,
+        packing=recipe.packing,
+        group_by_prompt=recipe.group_by_prompt,
+    )
+
+
+def _objective(stage: str, recipe: Recipe) -> SequenceObjective | PreferenceObjective:
+    if stage != "dpo":
+        return SequenceObjective()
+    options = PreferenceOptions(
+        recipe.loss_type, recipe.beta, recipe.label_smoothing, recipe.simpo_gamma, recipe.rpo_alpha
+    )
+    return PreferenceObjective(options, {})
+
+
+def _reference(
+    trainer: PackedTrainer,
+    rows: PackedRows,
+    data: TokenizedData,
+    split: str,
+    recipe: Recipe,
+    folder: Path,
+    facts: dict[str, Any],
+) -> torch.Tensor:
+    """Reference log-probs of one split, from the initial weights: no checkpoint has been loaded yet."""
+    pairs = PackedRows(data.dataset, max_length=None, kind="pairs", seed=0)
+    bound = recipe.reference_batch_tokens or recipe.max_tokens_per_device
+    bound = max(bound or recipe.per_device_train_batch_size * recipe.max_length, max(pairs.lengths()))
+    precision = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else str(recipe.dtype)
+    key = cache_key(weights=facts["weights"], data=data.fingerprint, precision=precision, backend=recipe.backend)
+    return reference_logps(
+        trainer.model,
+        pairs,
+        folder=folder / "reference",
+        key=key,
+        max_tokens=bound,
+        device=trainer.args.device,
+        autocast=trainer.compute_loss_context_manager,
+        description=f"reference log-probs ({split})",
+    )
+
+
+def _say_plan(trainer: PackedTrainer, rows: dict[str, PackedRows], recipe: Recipe, stage: str) -> None:
+    """One line a person can check against the paper they follow."""
+    args = trainer.args
+    count = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    train = rows["train"]
+    what = "pairs" if stage == "dpo" else f"rows of {recipe.max_length} tokens, {train.fill:.1%} filled"
+    logger.info(
+        "%s: %d %s; %d a step (%d x %d accumulated x %d processes); %s tokens an epoch",
+        stage, len(train), what, count, args.train_batch_size, args.gradient_accumulation_steps, args.world_size,
+        f"{sum(train.lengths()):,}",
+    )  # fmt: skip

@@ -1,0 +1,335 @@
+"""The training step: one thin `transformers.Trainer` for every objective.
+
+A device batch arrives as flat `PackedBatch`es (one, or several under a token bound). Each is one forward and one backward
+pass; its loss is a *sum*, divided by the number of items (trained tokens, or pairs) of the whole optimizer step over all
+micro-batches and processes. So how a step is cut into batches changes nothing but speed and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows
+from mambalign.train import checkpoint as checkpoints
+from mambalign.train.objectives import (
+    Completions,
+    PreferenceOptions,
+    preference_loss,
+    preference_metrics,
+    sequence_sums,
+    sft_loss,
+)
+
+logger = logging.getLogger("mambalign")
+
+METRICS = "metrics.jsonl"
+ACCUMULATORS = "accumulators.json"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the rows and says what to try."""
+
+
+class Objective(Protocol):
+    """What to make of the log-probs of a batch's targets."""
+
+    def items(self, batch: PackedBatch) -> int:
+        """How many items of the batch the loss is a sum over."""
+
+    def __call__(self, logps: Tensor, batch: PackedBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss summed over the items, sums of the metrics). `split` says which dataset `batch.indices` index."""
+
+
+class SequenceObjective:
+    """Continued pre-training and SFT: cross-entropy of the trained tokens."""
+
+    def items(self, batch: PackedBatch) -> int:
+        return batch.num_targets
+
+    def __call__(self, logps: Tensor, batch: PackedBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = sft_loss(logps)
+        return loss, {"loss": loss.detach()}
+
+
+class PreferenceObjective:
+    """DPO and its kin. `reference[split]` is `[N, 2]`: log-probs of chosen and rejected under the initial weights."""
+
+    def __init__(self, options: PreferenceOptions, reference: dict[str, Tensor]):
+        self.options, self.reference = options, reference
+
+    def items(self, batch: PackedBatch) -> int:
+        assert batch.pairs is not None
+        return batch.pairs.shape[0]
+
+    def __call__(self, logps: Tensor, batch: PackedBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.pairs is not None
+        sums, lengths = sequence_sums(logps, batch.target_sequence, batch.num_sequences)
+        sides = []
+        for side, k in enumerate(batch.pairs.unbind(1)):
+            reference = None
+            if self.options.needs_reference:
+                reference = self.reference[split][batch.indices.cpu(), side].to(sums)
+            sides.append(Completions(sums.index_select(0, k), lengths.index_select(0, k), reference))
+        chosen, rejected = sides
+        losses = preference_loss(chosen, rejected, self.options)
+        return losses.sum(), preference_metrics(chosen, rejected, losses, self.options)
+
+
+def target_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """fp32 `[M]` log-probs of the batch's targets: the one place where training meets the model."""
+    output = model(
+        input_ids=batch.input_ids[None],
+        segments=batch.segments,
+        target_positions=batch.target_positions,
+        target_ids=batch.target_ids,
+        use_cache=False,
+    )
+    return output.logps  # type: ignore[no-any-return]
+
+
+class PackedTrainer(Trainer):
+    """`transformers.Trainer` on `PackedRows`.
+
+    Args:
+        objective: what is minimised.
+        train_rows, eval_rows: `PackedRows`; either may be None.
+        collator: cuts device batches into flat micro-batches.
+        sampler_seed: with the epoch, decides the order of the rows.
+        row_ids: dataset index -> row id of the training data, for messages.
+        write_card: called with a folder to write the model card there.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: Any,
+        objective: Objective,
+        train_rows: PackedRows | None,
+        eval_rows: PackedRows | None,
+        collator: Collator,
+        tokenizer: Any,
+        sampler_seed: int,
+        row_ids: Sequence[str] = (),
+        write_card: Callable[[Path], None] | None = None,
+    ):
+        self.objective, self.sampler_seed, self.row_ids, self.write_card = objective, sampler_seed, row_ids, write_card
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,  # type: ignore[arg-type]
+            train_dataset=train_rows,  # type: ignore[arg-type]
+            eval_dataset=eval_rows,  # type: ignore[arg-type]
+            processing_class=tokenizer,
+            callbacks=[MetricsFile()],
+        )
+        self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
+        self._sums: dict[str, float | Tensor] = {}
+        self._totals = {"items": 0, "tokens": 0, "steps": 0, "tokens_seen": 0, "prompt_tokens_saved": 0}
+        self._clock: float | None = None  # set by the first step: loading is not training
+        self._parameters = sum(p.numel() for p in model.parameters())
+
+    # ------------------------------------------------------------------------------------------------- the step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one device batch; returns its share of the step's loss."""
+        model.train()
+        self._clock = self._clock or time.perf_counter()
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs):
+            batch = batch.to(self.args.device)
+            with self.compute_loss_context_manager():
+                loss, sums = self.objective(target_logps(model, batch), batch, "train")
+            # DDP averages gradients over processes; the count is over all of them, so put the sum back.
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteLossError(self._advice(batch, float(loss)))
+            last = number == len(inputs) - 1
+            with self.accelerator.no_sync(model) if not last else _nothing():
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            self._count(batch, sums)
+        return total
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        count = sum(self.objective.items(batch) for batches in batch_samples for batch in batches)
+        if self.accelerator.num_processes == 1:
+            return count
+        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+
+    def _count(self, batch: PackedBatch, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+        self._totals["items"] += self.objective.items(batch)
+        self._totals["tokens"] += batch.num_tokens
+        self._totals["tokens_seen"] += batch.num_tokens
+        self._totals["prompt_tokens_saved"] += batch.num_prompt_tokens_saved
+
+    def _advice(self, batch: PackedBatch, loss: float) -> str:
+        rows = [self.row_ids[i] if self.row_ids else str(i) for i in batch.indices.tolist()]
+        shown = ", ".join(rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+        return (
+            f"loss is {loss} at step {self.state.global_step + 1}; rows of the batch: {shown}. The weights of the last "
+            "checkpoint are intact. Try a lower learning_rate or a longer warmup, max_grad_norm: 1.0, dtype: float32 with "
+            "bf16: true instead of pure 16-bit weights, and look at these rows."
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 operations per parameter and token (arXiv 2001.08361, section 2.1); the scan's own share is small."""
+        return 6 * self._parameters * sum(batch.num_tokens for batch in inputs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All but norms and biases, as usual, and but `A_log` and `D`, as Mamba's authors mark them."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rsplit(".", 1)[-1] not in ("A_log", "D")]
+
+    # ------------------------------------------------------------------------------------------------- the data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return EpochSampler(len(train_dataset or self.train_dataset), self.sampler_seed)
+
+    # ---------------------------------------------------------------------------------------- evaluation and logs
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Averages over every item of the evaluation rows, logged with the prefix."""
+        loader = self.get_eval_dataloader(eval_dataset)
+        self.callback_handler.eval_dataloader = loader
+        model = self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model.eval()
+        sums: dict[str, float | Tensor] = {}
+        items, started = 0, time.perf_counter()
+        for batches in loader:
+            for batch in batches:
+                batch = batch.to(self.args.device)
+                with self.compute_loss_context_manager():
+                    _, part = self.objective(target_logps(model, batch), batch, "eval")
+                for name, value in part.items():
+                    sums[name] = sums.get(name, 0.0) + value.double()
+                items += self.objective.items(batch)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {f"{metric_key_prefix}_{name}": float(value) / max(items, 1) for name, value in sums.items()}
+        if isinstance(self.objective, SequenceObjective):
+            metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(metrics[f"{metric_key_prefix}_loss"], 700.0))
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        if self._clock is not None:
+            self._clock += metrics[f"{metric_key_prefix}_runtime"]  # tokens/s is about training
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the averages since the last log line to the Trainer's own."""
+        if "loss" in logs and "learning_rate" in logs:
+            # transformers averages over the steps since the process started; ours survive a restart.
+            items = max(self._totals["items"], 1)
+            logs = logs | {name: float(value) / items for name, value in self._sums.items()}
+            logs["tokens_per_second"] = self._totals["tokens"] / max(time.perf_counter() - (self._clock or 0.0), 1e-9)
+            logs["num_tokens"] = self._totals["tokens_seen"]
+            self._sums = {}
+            self._totals |= {"items": 0, "tokens": 0}
+            self._clock = time.perf_counter()
+        super().log(logs, start_time)
+
+    # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return getattr(self, "_staging", None) or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Staged, sealed, renamed (see `checkpoint.py`). A failed save is reported and training goes on."""
+        run = Path(self.args.output_dir)
+        staging = run / checkpoints.STAGING
+        name = f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(staging, ignore_errors=True)
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            self._save_accumulators(staging / name)
+            checkpoints.publish(staging / name, run / name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(staging / name, ignore_errors=True)
+            kept = checkpoints.newest_complete(run)
+            logger.error(
+                "saving %s failed (%s); training goes on, the newest complete checkpoint is %s. Free space on %s.",
+                name, error, kept.name if kept else "none yet", run,
+            )  # fmt: skip
+            return
+        finally:
+            self._staging = None
+            shutil.rmtree(staging, ignore_errors=True)
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = str(run / f"checkpoint-{best}") if best else None
+        checkpoints.rotate(run, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+
+    def _save_accumulators(self, folder: Path) -> None:
+        sums = {name: float(value) for name, value in self._sums.items()}
+        checkpoints.write_json(folder / ACCUMULATORS, {"sums": sums, "totals": self._totals})
+
+    def restore_accumulators(self, folder: Path) -> None:
+        """Continue the averages of the log line that the checkpoint interrupted."""
+        saved = json.loads((folder / ACCUMULATORS).read_text())
+        self._sums, self._totals = saved["sums"], saved["totals"]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.write_card is not None:
+            self.write_card(Path(self.args.output_dir))
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class MetricsFile(TrainerCallback):
+    """`metrics.jsonl` in the run folder: one line a log, without gaps or doubles however often the run restarts."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._rewind(Path(args.output_dir) / METRICS, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        # The summary at the end of training averages over the last process only: not worth keeping.
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        path = Path(args.output_dir) / METRICS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch} | logs) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def _rewind(path: Path, step: int) -> None:
+        """Drop the lines after `step` (they will come again) and a line that a kill cut short."""
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        beside = path.with_name(f".{METRICS}.partial")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(beside, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
