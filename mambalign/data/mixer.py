@@ -132,13 +132,8 @@ def canonical_columns(rows: datasets.Dataset, source: Source, recipe: Recipe) ->
     keep = _schema_columns(list(rows.column_names), there, source, recipe)
     rows = rows.select_columns(keep)
     for name in keep:
-        feature = rows.features[name]
-        if _is_text(feature):
-            continue
-        if name == "text":
-            raise UserError(f"dataset {source.name!r}: column {name!r} must hold text, it holds {_short(feature)}")
-        if not _is_messages(feature):
-            rows = _to_messages(rows, name, source)
+        if not (_is_text(rows.features[name]) or _is_messages(rows.features[name])):
+            rows = _mend(rows, name, source)
     return rows
 
 
@@ -180,10 +175,6 @@ def _schema_columns(columns: list[str], there: list[str], source: Source, recipe
     return [name for name in columns if name in found]
 
 
-def _short(feature: Any) -> str:
-    return str(feature)[:80]
-
-
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
 
@@ -193,31 +184,44 @@ def _is_messages(feature: Any) -> bool:
     return isinstance(inner, dict) and set(inner) == {"role", "content"} and all(map(_is_text, inner.values()))
 
 
-def _to_messages(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset:
-    """Reduce another layout (ShareGPT, extra keys) to role and content; content that is not text becomes None."""
+def _mend(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset:
+    """Reduce another layout (ShareGPT, extra keys, types that differ from row to row) to text, or to role and content.
+
+    What is no text becomes None, and the row a counted skip of tokenisation.
+    """
     feature = rows.features[name]
-    if not isinstance(getattr(feature, "feature", feature), dict):
-        raise UserError(
-            f"dataset {source.name!r}: column {name!r} must hold text or a list of messages (role and content), "
-            f"it holds {_short(feature)}"
+    is_mixed = type(feature).__name__ == "Json"  # the JSON reader's name for values of differing type
+    inner = getattr(feature, "feature", feature)  # of a list; older readers make a struct of lists of a list of structs
+    holds_messages = not is_mixed and (isinstance(inner, dict) or type(inner).__name__ == "Json")
+    if is_mixed:
+        texts, lists = (
+            next((i for i, value in enumerate(rows[name]) if isinstance(value, kind)), None) for kind in (str, list)
         )
+        if texts is not None and lists is not None:
+            raise UserError(
+                f"dataset {source.name!r}: column {name!r} is text in row {texts} but a list of messages in row "
+                f"{lists} (counted from 0); it must be one of them throughout"
+            )
+        holds_messages = lists is not None
+    if name == "text" if holds_messages else not is_mixed:
+        wanted = "text" if name == "text" else "text or a list of messages (role and content)"
+        raise UserError(f"dataset {source.name!r}: column {name!r} must hold {wanted}, it holds {str(feature)[:80]}")
     features = rows.features.copy()
-    features[name] = _MESSAGES
-    return rows.map(
-        _plain_column,
-        batched=True,
-        fn_kwargs={"name": name},
-        features=features,
-        desc=f"reading {name} of {source.name}",
-    )
+    features[name] = _MESSAGES if holds_messages else datasets.Value("string")
+    function = _plain_messages if holds_messages else _plain_text
+    return rows.map(function, batched=True, fn_kwargs={"name": name}, features=features, desc=f"reading {source.name}")
 
 
-def _plain_column(batch: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
+def _plain_text(batch: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
+    return {name: [value if isinstance(value, str) else None for value in batch[name]]}
+
+
+def _plain_messages(batch: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
     plain = []
     for messages in batch[name]:
-        if isinstance(messages, Mapping):  # a list of structs that the reader turned into a struct of lists
+        if isinstance(messages, Mapping):
             messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
-        plain.append(None if messages is None else [plain_message(message) for message in messages])
+        plain.append([plain_message(message) for message in messages] if isinstance(messages, list) else None)
     return {name: plain}
 
 

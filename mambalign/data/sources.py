@@ -149,10 +149,10 @@ def _load_local(source: Source, path: Path, recipe_splits: list[str], kind: str)
     if path.is_file():
         return _load_single(source, path, kind, lambda: read_files([path]))
     if (path / "dataset_dict.json").exists():
-        saved = datasets.load_from_disk(str(path))
+        saved = _load_saved(path)
         return [(s, saved[s]) for s in _choose(source, recipe_splits, kind, list(saved))]
     if (path / "state.json").exists():
-        return _load_single(source, path, kind, lambda: datasets.load_from_disk(str(path)))
+        return _load_single(source, path, kind, lambda: _load_saved(path))
     files: dict[str, list[Path]] = {}
     for split, file in _files_by_split(path):
         files.setdefault(split, []).append(file)
@@ -162,6 +162,15 @@ def _load_local(source: Source, path: Path, recipe_splits: list[str], kind: str)
             f"train.jsonl or test-00000.parquet ({', '.join(READERS)}), or a folder written by save_to_disk"
         )
     return [(s, read_files(files[s])) for s in _choose(source, recipe_splits, kind, list(files))]
+
+
+def _load_saved(path: Path) -> Any:
+    try:
+        return datasets.load_from_disk(str(path))
+    except (IndexError, KeyError, OSError, ValueError) as error:  # IndexError: no rows at all
+        raise UserError(
+            f"cannot read the saved dataset {path}: it is empty or damaged ({_first_line(error)})"
+        ) from error
 
 
 def _files_by_split(path: Path) -> Iterator[tuple[str, Path]]:
@@ -241,19 +250,21 @@ def read_files(paths: list[Path]) -> datasets.Dataset:
         return datasets.load_dataset(reader, data_files=[str(p) for p in paths], split="train")
     except (DatasetGenerationError, ValueError, TypeError) as error:
         if reader == "json":
-            return _read_json_slowly(paths)
+            return read_json_slowly(paths)
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{', '.join(map(str, paths))}: there are no rows") from error
         cause = error.__cause__ or error
         raise UserError(f"cannot read {', '.join(map(str, paths))}: {_first_line(cause)}") from error
 
 
-def _read_json_slowly(paths: list[Path]) -> datasets.Dataset:
+def read_json_slowly(paths: list[Path]) -> datasets.Dataset:
     """After the fast reader failed: find the malformed line, or mend values whose type differs from row to row.
 
     A value that cannot be text or a conversation becomes None, which tokenisation then counts as a skipped row.
     """
     rows = [(path, line, row) for path in paths for line, row in json_rows(path)]
     if not rows:
-        raise UserError(f"{paths[0]}: the file holds no rows")
+        raise UserError(f"{paths[0]}: there are no rows")
     names = sorted({name for _, _, row in rows for name in row})
     columns: dict[str, list[Any]] = {}
     for name in names:
@@ -285,7 +296,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if start == "[":
             entries: Iterable[tuple[int, Any]] = enumerate(_decode(path, file.read(), 0), start=1)
         else:
-            lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            lines = ((number, line.rstrip()) for number, line in enumerate(file, start=1) if line.strip())
             entries = ((number, _decode(path, line, number)) for number, line in lines)
         for number, row in entries:
             if not isinstance(row, dict):

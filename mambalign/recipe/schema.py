@@ -32,7 +32,7 @@ Schedule = Literal[
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpt": {"truncation": "split", "assistant_only_loss": False},
     "sft": {},
-    "dpo": {"learning_rate": 5e-7, "max_length": 1024, "max_prompt_length": 512},
+    "dpo": {"learning_rate": 5e-7, "max_length": 1024},
 }
 NO_REFERENCE = ("simpo", "orpo")
 _TEST_WORDS = re.compile(r"test|eval|valid|held-?_?out|(?<![a-z])(?:val|dev)(?![a-z])", re.IGNORECASE)
@@ -129,7 +129,7 @@ class Recipe:
     )
     max_prompt_length: int | None = _key(
         None, "data",
-        "Longest prompt of a preference pair; a longer one keeps its end (dpo: 512 when not given)."
+        "A pair over max_length has its prompt cut to this first, keeping the end; null is half of max_length."
     )
     truncation: Literal["keep_start", "keep_end", "drop", "split"] = _key(
         "keep_start", "data",

@@ -110,7 +110,7 @@ def _train(stage: str, recipe: Recipe, folder: Path) -> RunResult:
         trainer.restore_accumulators(start)
     card.attach_hub(trainer, recipe)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    metrics = trainer.evaluate() if "eval" in rows and recipe.do_eval else {}
+    metrics = trainer.final_evaluation() if "eval" in rows and recipe.do_eval else {}
     return _finish(trainer, folder, recipe, tokenizer, metrics)
 
 
@@ -262,6 +262,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         "report_to": loggers if loggers in ("none", ["none"]) else sorted({*loggers, "tensorboard"}),
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
+        # transformers narrates every file it writes at "info": one level quieter than ours.
+        "log_level": {"debug": "info", "info": "warning"}.get(recipe.log_level, recipe.log_level),
     }
     unknown = sorted(set(values) - supported)
     if unknown:

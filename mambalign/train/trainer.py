@@ -140,6 +140,7 @@ class PackedTrainer(Trainer):
         self._sums: dict[str, float | Tensor] = {}
         self._totals = {"items": 0, "tokens": 0, "steps": 0, "tokens_seen": 0, "prompt_tokens_saved": 0}
         self._clock: float | None = None  # set by the first step: loading is not training
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._parameters = sum(p.numel() for p in model.parameters())
 
     # ------------------------------------------------------------------------------------------------- the step
@@ -156,7 +157,7 @@ class PackedTrainer(Trainer):
             # DDP averages gradients over processes; the count is over all of them, so put the sum back.
             loss = loss * self.accelerator.num_processes / num_items_in_batch
             if not bool(torch.isfinite(loss)):
-                raise NonFiniteLossError(self._advice(batch, float(loss)))
+                raise NonFiniteLossError(self._advice(batch, float(loss.detach())))
             last = number == len(inputs) - 1
             with self.accelerator.no_sync(model) if not last else _nothing():
                 self.accelerator.backward(loss)
@@ -231,7 +232,13 @@ class PackedTrainer(Trainer):
             self._clock += metrics[f"{metric_key_prefix}_runtime"]  # tokens/s is about training
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._evaluated = (self.state.global_step, metrics)
         return metrics
+
+    def final_evaluation(self) -> dict[str, float]:
+        """Metrics of the finished model; those of the last step's evaluation if there was one."""
+        step, metrics = self._evaluated
+        return metrics if step == self.state.global_step and not self.args.load_best_model_at_end else self.evaluate()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log line to the Trainer's own."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,27 +113,28 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not any(word in k for word in clocked)} for line in lines]
 
 
-def killed_run(stage: str, recipe: Recipe, when: Callable[[Path], bool], deadline: float = 120.0) -> bool:
-    """Run in a child process and SIGKILL it as soon as `when(output_dir)` holds; False if it finished before."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            run(stage, recipe)
-            status = 0
-        finally:
-            os._exit(status)
+def _child(stage: str, values: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    run(stage, Recipe.from_dict(values))
+
+
+def killed_run(stage: str, recipe: Recipe, when: Callable[[Path], bool], deadline: float = 60.0) -> bool:
+    """Run in a process of its own and SIGKILL it as soon as `when(output_dir)` holds; False if it finished before."""
+    # A fork server: as quick as a fork, without the threads of the libraries this process has already used.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mambalign.train.run"])
+    child = context.Process(target=_child, args=(stage, recipe.to_dict()))
+    child.start()
     end = time.monotonic() + deadline
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, f"the run failed by itself with status {status}"
-            return False
+    while child.is_alive():
         if when(Path(str(recipe.output_dir))):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            child.kill()
+            child.join()
             return True
+        if time.monotonic() > end:
+            child.kill()
+            raise AssertionError("the run neither finished nor reached the point to kill it at")
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    raise AssertionError("the run neither finished nor reached the point to kill it at")
+    child.join()
+    assert child.exitcode == 0, f"the run failed by itself with exit code {child.exitcode}"
+    return False

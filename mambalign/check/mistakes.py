@@ -1,0 +1,148 @@
+"""Mistakes that can be seen in a recipe without its data: each was made in a published recipe or costs a lost run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mambalign.recipe import Recipe
+
+# Published base models of the supported families: DPO of one has no instruction-following reference to stay near.
+_BASE_MODEL = re.compile(r"(^|/)mamba-\d+(\.\d+)?[mb](-slimpj)?(-hf)?/?$|(^|/)falcon-mamba-7b/?$")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a recipe. error: the run would stop or be worthless; warning: look again."""
+
+    level: Literal["error", "warning"]
+    key: str
+    message: str
+
+
+def known_mistakes(recipe: Recipe, stage: str) -> Iterator[Finding]:
+    """Findings from the recipe's values alone."""
+    yield from _learning_rate(recipe, stage)
+    yield from _precision(recipe)
+    yield from _splits(recipe)
+    yield from _adapters(recipe)
+    if stage == "dpo":
+        yield from _preferences(recipe)
+    if recipe.save_total_limit == 1:
+        yield Finding("warning", "save_total_limit", "1 leaves nothing when a crash tears the newest; keep 2")
+    if recipe.save_only_model and recipe.save_strategy != "no":
+        yield Finding("warning", "save_only_model", "checkpoints without optimizer state cannot resume")
+    if recipe.push_to_hub and not recipe.hub_model_id:
+        name = Path(recipe.output_dir or ".").name
+        yield Finding("warning", "hub_model_id", f"not given; the model is pushed as {name!r} under your account")
+
+
+def _learning_rate(recipe: Recipe, stage: str) -> Iterator[Finding]:
+    rate, adapters = recipe.learning_rate, recipe.use_peft
+    usual, most = {
+        ("dpo", False): (5e-7, 1e-5),
+        ("dpo", True): (5e-6, 5e-5),
+        ("sft", False): (2e-5, 1e-3),
+        ("sft", True): (2e-4, 1e-3),
+    }.get((stage, adapters), (2e-4, 3e-3))
+    if rate > most:
+        how = "adapters" if adapters else "all weights"
+        yield Finding(
+            "warning",
+            "learning_rate",
+            f"{rate:g} is {rate / usual:,.0f} times the usual {usual:g} for {stage.upper()} of {how}"
+            + ("; published DPO runs took 5e-7 to 5e-6" if stage == "dpo" else ""),
+        )
+    if recipe.warmup_steps == 0 or (recipe.warmup_steps is None and recipe.warmup_ratio == 0):
+        yield Finding("warning", "warmup_ratio", "no warmup: AdamW's first steps are full-size in every weight")
+
+
+def _precision(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.dtype in ("bfloat16", "float16") and not recipe.use_peft:
+        yield Finding(
+            "warning",
+            "dtype",
+            f"{recipe.dtype} weights without float32 masters: an update below about 1/256 of a weight is rounded "
+            "away; leave dtype out and set bf16: true",
+        )
+    if recipe.fp16 or recipe.dtype == "float16":
+        yield Finding(
+            "warning", "fp16" if recipe.fp16 else "dtype", "a Mamba's states overflow float16's 65504; use bf16: true"
+        )
+
+
+def _splits(recipe: Recipe) -> Iterator[Finding]:
+    for name, entry in recipe.dataset_mixer.items():
+        split = entry.get("split") if isinstance(entry, dict) else None
+        if split is not None and "test" in str(split).lower():
+            yield Finding(
+                "warning",
+                "dataset_mixer",
+                f"{name}: split {split!r} is named a test split; it is only evaluated, never trained on",
+            )
+    if recipe.eval_strategy != "no" and not recipe.test_splits:
+        yield Finding(
+            "error",
+            "eval_strategy",
+            f"{recipe.eval_strategy}, but no split of dataset_splits {recipe.dataset_splits} is named test; "
+            "name one, or set eval_strategy: no",
+        )
+
+
+def _adapters(recipe: Recipe) -> Iterator[Finding]:
+    keys = recipe.adapter_keys()
+    if keys:
+        yield Finding("error", keys[0], f"{', '.join(keys)}: adapters are not in this version yet")
+    if not recipe.use_peft:
+        return
+    for name in [*(recipe.lora_target_modules or []), *(recipe.lora_modules_to_save or [])]:
+        if "embed" in name:
+            yield Finding(
+                "warning", "lora_target_modules", f"{name} is tied to the output head: merging would change the logits"
+            )
+    known = {"in_proj", "x_proj", "dt_proj", "out_proj", "conv1d", "embeddings", "lm_head", "all-linear"}
+    unknown = [m for m in recipe.lora_target_modules or [] if m.split(".")[-1] not in known]
+    if unknown:
+        yield Finding(
+            "warning",
+            "lora_target_modules",
+            f"{', '.join(unknown)}: no such module in a Mamba; it has in_proj, x_proj, dt_proj, out_proj",
+        )
+
+
+def _preferences(recipe: Recipe) -> Iterator[Finding]:
+    # (loss types, lowest, highest, what is usual)
+    ranges = [
+        (("sigmoid", "hinge", "robust", "apo_zero", "apo_down", "kto"), 0.005, 1.0, "0.01 to 0.5"),
+        (("ipo",), 0.005, 1.0, "0.01 to 0.5"),
+        (("simpo",), 1.0, 20.0, "2 to 10"),
+        (("orpo",), 0.01, 1.0, "0.05 to 0.5"),
+    ]
+    for names, low, high, usual in ranges:
+        if recipe.loss_type in names and not low <= recipe.beta <= high:
+            yield Finding("warning", "beta", f"{recipe.beta:g} is extreme for {recipe.loss_type}; usual is {usual}")
+    name = recipe.model_name_or_path or ""
+    if recipe.loss_type != "orpo" and (_BASE_MODEL.search(name) or _trained_for(name) == "cpt"):
+        yield Finding(
+            "warning",
+            "model_name_or_path",
+            f"{name} is a base model: it has not learnt to answer, and neither has the reference; run SFT first and "
+            "start from its output_dir",
+        )
+    if _trained_for(name) == "dpo":
+        yield Finding("warning", "model_name_or_path", f"{name} is a DPO run's result already; is a second one meant?")
+    if recipe.rpo_alpha is not None and recipe.rpo_alpha > 10:
+        yield Finding("warning", "rpo_alpha", f"{recipe.rpo_alpha:g} leaves little of the preference loss; usual is 1")
+
+
+def _trained_for(model: str) -> str | None:
+    """The stage of the run whose folder `model` is, if it is one."""
+    try:
+        state = json.loads((Path(model).expanduser() / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state.get("stage") if isinstance(state, dict) else None

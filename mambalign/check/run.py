@@ -1,0 +1,356 @@
+"""`mambalign check RECIPE`: what a run would find out in its first hour, in a minute and without training."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mambalign.check.memory import ModelShape, estimate, tokens_per_forward
+from mambalign.check.mistakes import Finding, known_mistakes
+from mambalign.recipe import STAGES, Recipe, UserError, load_recipe
+
+SAMPLE = 1000
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+@dataclass
+class CheckReport:
+    """What `check` found. `sections` holds plain numbers and texts by heading, in the order they are shown."""
+
+    path: str
+    stage: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [f for f in self.findings if f.level == "error"]
+
+    @property
+    def usable(self) -> bool:
+        """No error was found; there may be warnings."""
+        return not self.errors
+
+    def to_dict(self) -> dict[str, Any]:
+        findings = [{"level": f.level, "key": f.key, "message": f.message} for f in self.findings]
+        head = {"recipe": self.path, "stage": self.stage, "usable": self.usable}
+        return head | {"findings": findings, "notes": self.notes, **self.sections}
+
+    def warn(self, key: str, message: str) -> None:
+        self.findings.append(Finding("warning", key, message))
+
+    def fail(self, key: str, message: str) -> None:
+        self.findings.append(Finding("error", key, message))
+
+    @contextmanager
+    def step(self, key: str) -> Iterator[None]:
+        """A user's mistake inside becomes an error of the report; the other steps still run."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.fail(key, str(error))
+
+
+def check(
+    path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None, devices: int = 1, full: bool = False
+) -> CheckReport:
+    """Check a recipe as the run would read it.
+
+    Args:
+        path, overrides: as in `load_recipe`.
+        stage: what it is for; None: its key `stage`, or the folder it lies in (`recipes/<model>/<stage>/`).
+        devices: how many devices the run will have, for the arithmetic.
+        full: tokenise every row instead of a random `SAMPLE` of each kind of split.
+    """
+    report = CheckReport(str(path))
+    try:
+        stage = stage or _stage_of(path, overrides)
+        report.stage = stage
+        recipe = load_recipe(path, overrides, stage=stage)
+    except (UserError, OSError) as error:
+        report.fail("recipe", str(error))
+        return report
+    report.notes = recipe.notes
+    shape = None
+    with report.step("model_name_or_path"):
+        shape = _model(report, recipe, stage)
+    report.findings += known_mistakes(recipe, stage)
+    tokenizer = None
+    with report.step("chat_template"):
+        tokenizer = _tokenizer(report, recipe, stage, shape)
+    packed_rows = None
+    if tokenizer is not None:
+        with report.step("dataset_mixer"):
+            packed_rows = _data(report, recipe, stage, tokenizer, "train", full)
+        with report.step("dataset_splits"):
+            _data(report, recipe, stage, tokenizer, "test", full)
+    with report.step("global_batch_size"):
+        _arithmetic(report, recipe, stage, packed_rows, devices)
+    with report.step("output_dir"):
+        _output(report, recipe, shape)
+    return report
+
+
+def _stage_of(path: str | Path, overrides: Sequence[str]) -> str:
+    written = load_recipe(path, overrides).stage
+    folder = Path(path).resolve().parent.name
+    if written or folder in STAGES:
+        return written or folder
+    raise UserError(f"{path} does not say what it is for: add `stage: sft` (or cpt, dpo) to it, or give --stage")
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
+    """Reads config.json only; weights are neither downloaded nor opened."""
+    from mambalign.models import files
+
+    name = recipe.model_name_or_path
+    assert name is not None
+    if files.is_local(name):
+        folder = files.resolve_folder(name)
+        config = files.read_json(folder / files.CONFIG)
+        with report.step("model_name_or_path"):
+            files.tensor_specs(files.weight_files(folder))
+    else:
+        fetched = files.fetch(name, files.CONFIG, recipe.model_revision, {})
+        if fetched is None:
+            raise UserError(f"{name} is neither a folder here nor a hub model with a {files.CONFIG}")
+        config = files.read_json(fetched)
+    shape = ModelShape.from_config(config)
+    parts = estimate(shape, recipe, stage)
+    report.sections["model"] = {
+        "name": name,
+        "parameters": shape.parameters,
+        "layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "vocabulary_rows": shape.vocab,
+    }
+    report.sections["memory_gb"] = {part: _gb(size) for part, size in parts.items()}
+    report.sections["memory_gb"]["tokens_per_forward"] = tokens_per_forward(recipe, stage)
+    available = _device_memory(recipe)
+    if available is not None:
+        report.sections["memory_gb"]["device"] = _gb(available)
+        if parts["total"] > available:
+            report.warn(
+                "per_device_train_batch_size",
+                f"the run is estimated at {parts['total'] / 1e9:.1f} GB and the device has {available / 1e9:.1f} GB; "
+                "lower it, set max_tokens_per_device or gradient_checkpointing: true",
+            )
+    return shape
+
+
+def _gb(size: float) -> float:
+    return float(f"{size / 1e9:.3g}")
+
+
+def _device_memory(recipe: Recipe) -> int | None:
+    import torch
+
+    if recipe.use_cpu or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+# --- tokenizer and template ------------------------------------------------------------------------------------------
+
+
+def _tokenizer(report: CheckReport, recipe: Recipe, stage: str, shape: ModelShape | None) -> Any:
+    from mambalign.data.chat import apply_template, check_template, end_of_turn_id, set_pad_token
+    from mambalign.models.checkpoint import load_tokenizer
+
+    name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
+    assert name is not None
+    revision = None if recipe.tokenizer_name_or_path else recipe.model_revision
+    tokenizer = load_tokenizer(name, revision=revision)
+    if stage == "dpo" and recipe.loss_type != "orpo" and not tokenizer.chat_template:
+        report.warn(
+            "model_name_or_path",
+            f"the tokenizer of {name} has no chat template, as a base model's: start DPO from an SFT run's result",
+        )
+    before = len(tokenizer)
+    section: dict[str, Any] = {"name": name, "tokens": before}
+    if stage == "cpt" and recipe.chat_template is None:
+        set_pad_token(tokenizer)
+    else:
+        apply_template(tokenizer, recipe.chat_template)
+        check_template(tokenizer)
+        section["template"] = recipe.chat_template or "the tokenizer's own"
+        section["end_of_turn"] = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+        section["tokens_added"] = len(tokenizer) - before
+    report.sections["tokenizer"] = section
+    if shape is not None and before > shape.vocab:
+        report.warn(
+            "tokenizer_name_or_path",
+            f"{name} has {before} tokens and the model {shape.vocab} rows for them: is it this model's tokenizer?",
+        )
+    elif shape is not None and len(tokenizer) > shape.vocab:
+        section["embedding_grows_to"] = math.ceil(len(tokenizer) / 8) * 8
+    return tokenizer
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind: str, full: bool) -> int | None:
+    """Tokenises (a sample of) the rows of a kind; returns how many packed rows, pairs or prompts an epoch has."""
+    from mambalign.data.mixer import load_mix, tokenize_preferences, tokenize_sft, tokenize_text
+    from mambalign.data.packing import PackedRows
+
+    rows = load_mix(replace(recipe, max_eval_samples=None), kind)
+    if len(rows) == 0:
+        return None
+    total = len(rows)
+    if kind == "test" and recipe.max_eval_samples:
+        total = min(total, recipe.max_eval_samples)
+    if not full and total > SAMPLE:
+        rows = rows.select(sorted(random.Random(recipe.seed).sample(range(len(rows)), SAMPLE)))
+    tokenize = {"cpt": tokenize_text, "sft": tokenize_sft, "dpo": tokenize_preferences}[stage]
+    tokenized = tokenize(rows, tokenizer, recipe)
+    scale = total / len(rows)
+    section: dict[str, Any] = {"rows": total, "rows_looked_at": len(rows), "columns": ", ".join(rows.column_names)}
+    section |= {k: v for k, v in tokenized.report.items() if k not in section and isinstance(v, int | float)}
+    report.sections[kind] = section
+    key = "dataset_mixer" if kind == "train" else "dataset_splits"
+    pairs = stage == "dpo"
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids") if pairs else ("input_ids",)
+    for column in columns:
+        section[f"{column.removesuffix('_ids')}_tokens"] = _distribution(_list_lengths(tokenized.dataset, column))
+    _data_warnings(report, recipe, kind, key, len(rows), tokenized)
+    packed = PackedRows(
+        tokenized.dataset,
+        max_length=recipe.max_length,
+        kind="pairs" if pairs else "sequences",
+        seed=recipe.seed,
+        packing=recipe.packing,
+        group_by_prompt=recipe.group_by_prompt,
+    )
+    if not pairs:
+        section["packed_rows"] = round(len(packed) * scale)
+        section["packing_fill"] = round(packed.fill, 4)
+    section["tokens_per_row"] = round(sum(packed.lengths()) / len(packed), 1)
+    return round(len(packed) * scale)
+
+
+def _data_warnings(
+    report: CheckReport, recipe: Recipe, kind: str, key: str, looked_at: int, tokenized: Any
+) -> None:
+    counts: dict[str, int | float] = tokenized.report
+    section = report.sections[kind]
+    trained, tokens = counts.get("trained_tokens", 0), counts.get("tokens", 0)
+    if tokens:
+        section["trained_share"] = round(trained / tokens, 4)
+    if not trained:
+        report.fail(key, f"no token of the {kind} rows would be trained on")
+    truncated = counts.get("truncated", 0)
+    if truncated > looked_at / 2:
+        report.warn(
+            "max_length",
+            f"{recipe.max_length} is below the {kind} data's median: {truncated / looked_at:.0%} of it is truncated",
+        )
+    elif truncated > looked_at / 10:
+        report.warn("max_length", f"{truncated / looked_at:.0%} of the {kind} rows are cut to {recipe.max_length}")
+    skipped = counts.get("skipped", 0)
+    if skipped:
+        report.warn(key, f"{skipped} of {looked_at} {kind} rows would be skipped: {_reasons(tokenized)}")
+    if "chosen_ids" in tokenized.dataset.column_names:
+        chosen, rejected = (_list_lengths(tokenized.dataset, f"{side}_ids") for side in ("chosen", "rejected"))
+        longer = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(chosen)
+        section["chosen_longer_share"] = round(longer, 4)
+        if longer > 0.8 and len(chosen) >= 50:
+            report.warn(key, f"chosen is longer in {longer:.0%} of the {kind} pairs: the model will learn to be long")
+
+
+def _reasons(tokenized: Any) -> str:
+    """`3 empty_conversation (first: data.jsonl:train:7)` for every reason that rows were skipped."""
+    counts = {k: v for k, v in tokenized.report.items() if k.startswith("skipped/") and v}
+    first = tokenized.first_rows
+    return ", ".join(f"{v} {k.partition('/')[2]} (first: {first.get(k, 'unknown')})" for k, v in counts.items())
+
+
+def _list_lengths(dataset: Any, column: str) -> list[int]:
+    import pyarrow.compute as pc
+
+    if getattr(dataset, "_indices", None) is not None:
+        dataset = dataset.flatten_indices()
+    return [int(n) for n in pc.list_value_length(dataset.data.column(column)).to_pylist()]
+
+
+def _distribution(lengths: list[int]) -> dict[str, float]:
+    ordered = sorted(lengths)
+    picked = {f"p{p}": float(ordered[round(p / 100 * (len(ordered) - 1))]) for p in PERCENTILES}
+    return {"count": len(ordered), "mean": round(sum(ordered) / len(ordered), 1)} | picked
+
+
+# --- arithmetic and output -------------------------------------------------------------------------------------------
+
+
+def _arithmetic(report: CheckReport, recipe: Recipe, stage: str, rows: int | None, devices: int) -> None:
+    accumulation = recipe.accumulation_steps(devices)
+    batch = recipe.per_device_train_batch_size * devices * accumulation
+    unit = "pairs" if stage == "dpo" else "rows"
+    section: dict[str, Any] = {
+        f"{unit}_per_device": recipe.per_device_train_batch_size,
+        "devices": devices,
+        "gradient_accumulation_steps": accumulation,
+        f"{unit}_per_step": batch,
+    }
+    report.sections["batch"] = section
+    if rows is None:
+        return
+    section["tokens_per_step"] = round(report.sections["train"]["tokens_per_row"] * batch)
+    # As transformers counts: device batches of an epoch, and an incomplete accumulation still makes a step.
+    batches = math.ceil(rows / devices / recipe.per_device_train_batch_size)
+    per_epoch = max(1, math.ceil(batches / accumulation))
+    steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
+    warmup = recipe.training_arguments(devices)["warmup_steps"]
+    section |= {
+        "steps_per_epoch": per_epoch,
+        "steps": steps,
+        "epochs": round(steps / per_epoch, 2),
+        "warmup_steps": math.ceil(warmup * steps) if warmup < 1 else int(warmup),
+    }
+    if rows < batch:
+        report.warn("global_batch_size", f"a step asks for {batch} {unit} and an epoch has {rows}; a step sees no more")
+    elif steps < 10:
+        report.warn("num_train_epochs", f"the run has {steps} steps in all; a schedule needs some dozens")
+    if section["warmup_steps"] >= steps > 1:
+        report.warn("warmup_steps", f"the warmup of {section['warmup_steps']} steps is the whole run of {steps}")
+    if recipe.save_strategy == "steps" and recipe.save_steps > steps:
+        report.warn(
+            "save_steps", f"{recipe.save_steps:g} is more than the run's {steps} steps: a stopped run would start anew"
+        )
+    if recipe.load_best_model_at_end and recipe.save_strategy != recipe.eval_strategy:
+        report.fail("load_best_model_at_end", "save_strategy and eval_strategy must be the same")
+
+
+def _output(report: CheckReport, recipe: Recipe, shape: ModelShape | None) -> None:
+    import shutil
+
+    assert recipe.output_dir is not None
+    folder = Path(recipe.output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; output_dir must be a folder")
+    section: dict[str, Any] = {"output_dir": str(folder)}
+    report.sections["output"] = section
+    saved = [int(number) for p in folder.glob("checkpoint-*") if (number := p.name.rpartition("-")[2]).isdigit()]
+    if saved and recipe.resume == "auto":
+        section["will_resume_from"] = f"checkpoint-{max(saved)}"
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    section["free_gb"] = _gb(free)
+    if shape is None or recipe.save_strategy == "no" or recipe.use_peft:
+        return
+    # Weights and two moments; one more than is kept while the oldest waits to be removed; and the exported model.
+    one = (4 if recipe.save_only_model else 12) * shape.parameters
+    needed = one * ((recipe.save_total_limit or 1) + 1) + 4 * shape.parameters
+    section["checkpoints_gb"] = _gb(needed)
+    if needed > free:
+        report.warn("output_dir", f"checkpoints take about {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free")

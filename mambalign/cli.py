@@ -1,0 +1,387 @@
+"""The command line. Each verb is a few lines over one library function, which is imported when the verb runs.
+
+Exit codes: 0 done; 1 a crash (a traceback says where); 2 something the user wrote (one sentence says what);
+85 stopped by a signal after a checkpoint, run it again; 130 interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mambalign
+
+app = typer.Typer(
+    name="mambalign",
+    help="Aligns Mamba language models: continued pre-training, SFT and DPO from YAML recipes, on a CPU or many GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="List recipes, show one in full, explain their keys.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+# Words that the verb does not know are overrides of the recipe: --learning_rate 1e-5.
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_TRAINING_VERBS = "[dim]Every key of the recipe is an option too: `mambalign recipes keys` explains them.[/]"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _say(message: str) -> None:
+    print(f"mambalign: {message}", file=sys.stderr)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(mambalign.__file__).parent)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user about their mistake; None when the error is not one."""
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            return f"the disk is full ({error.filename or 'while writing'}); nothing that was complete is lost"
+        kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+        if isinstance(error, kinds) and (error.filename or _raised_by_us(error)):
+            return f"{error.filename}: {error.strerror}" if error.strerror and error.filename else str(error)
+        return None
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of device memory; lower per_device_train_batch_size or set max_tokens_per_device"
+    if isinstance(error, mambalign.UserError) or (isinstance(error, ValueError) and _raised_by_us(error)):
+        return str(error)
+    return None
+
+
+@contextmanager
+def _user_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
+    """Turn a user's mistake into one sentence and exit code 2; anything else stays a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        _say(f"interrupted{interrupted}")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        _say(sentence)
+        raise typer.Exit(2) from None
+
+
+def _log() -> None:
+    """Our log to stderr; of several processes only the first says what is not a warning."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("mambalign").setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(stage: str, recipe: str, overrides: list[str], debug: bool) -> None:
+    _log()
+    with _user_errors(debug, interrupted="; run the same command again to go on from the newest checkpoint"):
+        loaded = mambalign.load_recipe(_recipe_path(recipe), overrides, stage=stage)
+        from mambalign.train.run import run
+
+        result = run(stage, loaded)
+        if os.environ.get("RANK", "0") == "0":
+            done = "was finished before" if result.already_finished else "finished"
+            print(f"{done}: {result.global_step} steps; the model is in {result.output_dir}")
+
+
+def _recipe_path(word: str) -> str:
+    if word.startswith("-"):
+        raise mambalign.UserError(f"the recipe comes first, then options such as {word}")
+    return word
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_TRAINING_VERBS)
+def cpt(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
+    """Continue the pre-training of a model on plain text.
+
+    Long texts are cut, short ones packed into rows of max_length tokens whose states never mix.
+
+    Example: [bold]mambalign cpt my/cpt.yaml --learning_rate 1e-4 --max_steps 1000[/]
+    """
+    _train("cpt", recipe, ctx.args, debug)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_TRAINING_VERBS)
+def sft(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
+    """Fine-tune a model on conversations (supervised fine-tuning).
+
+    Trains on the assistant's turns. Running the same command again resumes; a finished run says so.
+
+    Example: [bold]mambalign sft recipes/mamba-130m/sft/config_full.yaml --max_train_samples 2000[/]
+
+    On 8 GPUs: [bold]torchrun --nproc-per-node 8 -m mambalign sft RECIPE[/]
+    """
+    _train("sft", recipe, ctx.args, debug)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_TRAINING_VERBS)
+def dpo(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
+    """Align a fine-tuned model to preferences (DPO, and IPO, SimPO, ORPO, KTO and others by loss_type).
+
+    Start from the result of an SFT run. Each prompt is computed once for its completions; the reference's
+    log-probabilities are computed once for the run.
+
+    Example: [bold]mambalign dpo recipes/mamba-130m/dpo/config_full.yaml --beta 0.1[/]
+    """
+    _train("dpo", recipe, ctx.args, debug)
+
+
+# --- looking, converting ---------------------------------------------------------------------------------------------
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_TRAINING_VERBS)
+def check(
+    ctx: typer.Context,
+    recipe: RecipePath,
+    stage: Annotated[str | None, typer.Option(help="cpt, sft or dpo, if recipe and folder do not say.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices the run will have.")] = 1,
+    full: Annotated[bool, typer.Option("--full", help="Tokenise every row, not a sample of 1000.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe without training: files, columns, template, tokens, batch, memory, steps, known mistakes.
+
+    Exits with 0 when the recipe can be run, with or without warnings, and with 2 when it cannot.
+
+    Example: [bold]mambalign check recipes/mamba-130m/dpo/config_full.yaml --devices 8[/]
+    """
+    with _user_errors(debug):
+        path = _recipe_path(recipe)
+        _quiet_libraries()
+        from mambalign.check import check as check_recipe
+        from mambalign.check import show
+
+        # The report carries the recipe's notes itself.
+        logging.getLogger("mambalign").setLevel(logging.ERROR)
+        report = check_recipe(path, ctx.args, stage=stage, devices=devices, full=full)
+        if as_json:
+            print(json.dumps(report.to_dict(), indent=2))
+        else:
+            show(report, _console())
+        if not report.usable:
+            raise typer.Exit(2)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder or hub id, in either layout.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
+    to: Annotated[str, typer.Option(help="hf (transformers, vLLM) or mamba-ssm (the original state-spaces layout).")],
+    debug: Debug = False,
+) -> None:
+    """Rewrite a model in the other layout, and compare parameters and logits before claiming success.
+
+    Example: [bold]mambalign convert state-spaces/mamba-130m my/mamba-130m-hf --to hf[/]
+    """
+    _log()
+    with _user_errors(debug):
+        if to not in ("hf", "mamba-ssm"):
+            raise mambalign.UserError(f"--to must be hf or mamba-ssm, not {to!r}")
+        from mambalign.models.checkpoint import convert as convert_model
+
+        report = convert_model(source, destination, to)  # type: ignore[arg-type]
+        difference = report.max_abs_logit_difference
+        print(f"{report.destination}: {report.tensors} tensors, {report.bytes / 1e6:,.1f} MB, in the {to} layout")
+        print(f"compared with {report.source}: parameters equal, logits differ by at most {difference:g}")
+        for note in report.notes:
+            print(f"note: {note}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Print versions, devices, the backend of every op and why, and where models and data come from.
+
+    Example: [bold]mambalign doctor --json > environment.json[/]
+    """
+    with _user_errors(debug):
+        _quiet_libraries()
+        from mambalign.doctor import diagnose
+
+        logging.getLogger("mambalign").setLevel(logging.ERROR)
+        facts = diagnose()
+        if as_json:
+            print(json.dumps(facts, indent=2))
+            return
+        console = _console()
+        for heading, values in facts.items():
+            console.print(_table(heading, values))
+            console.print()
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for models, data and report.html.")] = Path(
+        "demo-run"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Pre-train, fine-tune and align a small Mamba from scratch, in minutes on a CPU, and compare the three.
+
+    Needs no network and no judge: tasks and preferences are generated, and checked by program.
+
+    Example: [bold]mambalign demo --output-dir demo-run[/]
+    """
+    _log()
+    with _user_errors(debug, interrupted="; run the same command again"):
+        from mambalign.demo.main import run_demo
+
+        run_demo(output_dir, seed=seed)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@recipes_app.command("list")
+def list_recipes(
+    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("recipes"), debug: Debug = False
+) -> None:
+    """List the recipes under a folder: what each trains, on what.
+
+    Example: [bold]mambalign recipes list recipes/mamba-130m[/]
+    """
+    with _user_errors(debug):
+        if not folder.is_dir():
+            raise mambalign.UserError(f"there is no folder {folder} here; name the one that holds your recipes")
+        logging.getLogger("mambalign").setLevel(logging.ERROR)
+        console = _console()
+        from rich.table import Table
+
+        table = Table("recipe", "stage", "starts from", "data", box=None, pad_edge=False)
+        for path in sorted(folder.rglob("*.y*ml")):
+            if path.parent.name in ("cpt", "sft", "dpo"):
+                recipe = mambalign.load_recipe(path)
+                name = recipe.model_name_or_path or ""
+                table.add_row(str(path), recipe.stage or path.parent.name, name, ", ".join(recipe.dataset_mixer))
+        console.print(table)
+
+
+@recipes_app.command("show", context_settings=_OVERRIDES)
+def show_recipe(
+    ctx: typer.Context,
+    recipe: RecipePath,
+    stage: Annotated[str | None, typer.Option(help="cpt, sft or dpo: with the defaults of that stage.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe in full: with what it extends, your overrides, and every default, as YAML.
+
+    Example: [bold]mambalign recipes show recipes/mamba-130m/sft/config_full.yaml --seed 1[/]
+    """
+    from mambalign.recipe import STAGES
+
+    _log()
+    with _user_errors(debug):
+        path = _recipe_path(recipe)
+        folder = Path(path).resolve().parent.name
+        loaded = mambalign.load_recipe(path, ctx.args, stage=stage or (folder if folder in STAGES else None))
+        print(loaded.to_yaml(), end="")
+
+
+@recipes_app.command("keys")
+def show_keys(
+    group: Annotated[str | None, typer.Option(help="Only this group, e.g. data.")] = None, debug: Debug = False
+) -> None:
+    """Print every key of a recipe with its default and what it means.
+
+    Example: [bold]mambalign recipes keys --group objective[/]
+    """
+    with _user_errors(debug):
+        from rich.markup import escape
+        from rich.table import Table
+
+        from mambalign.recipe import key_default, key_groups, key_types, nearest, type_name
+
+        groups = key_groups()
+        if group is not None and group not in groups:
+            hint = nearest(group, groups)
+            raise mambalign.UserError(f"there is no group {group!r}{hint}; groups: {', '.join(groups)}")
+        console = _console()
+        for name in [group] if group else groups:
+            table = Table("key", "default", "meaning", title=name, title_justify="left", box=None, pad_edge=False)
+            for item in groups[name]:
+                default = "null" if (value := key_default(item)) is None else json.dumps(value)
+                kind = type_name(key_types()[item.name])
+                choices = f" ({kind})" if kind.startswith("one of") else ""
+                table.add_row(item.name, escape(default), escape(item.metadata["help"] + choices))
+            console.print(table)
+            console.print()
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Piped output is not cut to 80 columns.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _table(heading: str, values: dict[str, Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=heading, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", min_width=20)
+    table.add_column()
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), escape(str(value)))
+    return table
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and advice of the libraries around our own report."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mambalign {mambalign.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `mambalign` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

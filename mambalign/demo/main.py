@@ -1,0 +1,336 @@
+"""`mambalign demo`: data, model and tokenizer made here, then the ordinary pipeline, an evaluation and a report.
+
+Nothing below trains in a way of its own: the three stages are ordinary recipes over ordinary files, handed to
+`mambalign.train.run.run`, and left in the folder for the reader to change and run by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import MambaConfig
+
+from mambalign.data.chat import apply_template
+from mambalign.demo import tasks
+from mambalign.demo.evaluate import Evaluation, converse, difference, judge, reply_to
+from mambalign.demo.report import percent, read_metrics, write_report
+from mambalign.demo.tokenizer import build_tokenizer
+from mambalign.models import MambaForCausalLM
+from mambalign.models.checkpoint import load_model, load_tokenizer, save_model
+from mambalign.recipe import Recipe, UserError
+from mambalign.train.run import run
+
+SETTINGS_FILE, RESULTS_FILE, LOG_FILE = "demo.json", "evaluation.json", "training.log"
+TITLES = {"cpt": "Pre-training", "sft": "SFT", "dpo": "DPO"}
+MODELS = {"cpt": ("base", "Base"), "sft": ("sft", "SFT"), "dpo": ("dpo", "DPO")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a demo computes."""
+
+    seed: int = 0
+    texts: int = 1500
+    chats: int = 14000
+    preferences: int = 1000
+    test_rows: int = 100
+    per_task: int = 40
+    hidden_size: int = 128
+    layers: int = 2
+    state_size: int = 8
+    row_tokens: int = 512
+
+
+QUICK = {"texts": 60, "chats": 120, "preferences": 40, "test_rows": 20, "per_task": 4, "hidden_size": 32, "layers": 1}
+
+
+def run_demo(output_dir: Path = Path("demo-run"), *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Run the demo, or the rest of it, in `output_dir`; returns what evaluation.json holds.
+
+    quick: a model too small and trained too briefly to learn anything, to see every part work in seconds.
+
+    Raises:
+        UserError: the folder holds a demo of other settings, or something else.
+    """
+    settings = Settings(seed=seed, **(QUICK if quick else {}))
+    console, started = Console(), time.perf_counter()
+    folder = Path(output_dir).expanduser()
+    _claim(folder, settings, console)
+    finished = True
+    for number, (stage, values) in enumerate(recipes(folder, settings).items(), 1):
+        console.print(f"[bold]{number}/4 {TITLES[stage]}[/]  recipe: {folder / 'recipes' / stage}.yaml")
+        with _training_log(folder / LOG_FILE):
+            outcome = run(stage, Recipe.from_dict(values, stage=stage))
+        finished &= outcome.already_finished
+        loss = outcome.metrics.get("eval_loss", float("nan"))
+        state = "already finished" if outcome.already_finished else "done"
+        console.print(f"    {state}: {outcome.global_step} steps, held-out loss {loss:.3f}")
+    console.print("[bold]4/4 Evaluation[/]")
+    results = _finished_results(folder) if finished else None
+    if results is None:
+        results = evaluate(folder, settings)
+        (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    page = write_report(folder, results)
+    show(results, console)
+    console.print(f"{time.perf_counter() - started:.0f} s. The report: [bold]{page}[/]")
+    if finished:
+        console.print(f"This demo was finished before; for a fresh one remove {folder} or choose another --output-dir.")
+    return results
+
+
+# ------------------------------------------------------------------------------------------------- what is made here
+
+
+def _claim(folder: Path, settings: Settings, console: Console) -> None:
+    """Make data, tokenizer and an untrained model, once; the settings are written last and stand for a whole set."""
+    stamp = folder / SETTINGS_FILE
+    if stamp.exists():
+        earlier = json.loads(stamp.read_text(encoding="utf-8"))
+        changed = [f"{key} {earlier.get(key)!r}" for key, value in asdict(settings).items() if earlier.get(key) != value]
+        if changed:
+            raise UserError(
+                f"{folder} holds a demo with {', '.join(changed)}: not what is asked for now; choose another --output-dir"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()) and not (folder / "data").is_dir():
+        raise UserError(f"{folder} is not empty and holds no demo; choose another --output-dir")
+    console.print(f"Making data, a tokenizer and an untrained model in {folder}")
+    write_data(folder / "data", settings)
+    make_model(folder / "init", settings)
+    for stage, values in recipes(folder, settings).items():
+        path = folder / "recipes" / f"{stage}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    stamp.write_text(json.dumps(asdict(settings), indent=1), encoding="utf-8")
+
+
+def write_data(folder: Path, settings: Settings) -> None:
+    """text/, chat/ and preferences/, each with train.jsonl and test.jsonl; test rows are of held-out topics only."""
+    makers = {
+        "text": (tasks.text_rows, settings.texts),
+        "chat": (tasks.chat_rows, settings.chats),
+        "preferences": (tasks.preference_rows, settings.preferences),
+    }
+    for name, (make, count) in makers.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        _write_rows(folder / name / "train.jsonl", make(count, settings.seed))
+        _write_rows(folder / name / "test.jsonl", make(settings.test_rows, settings.seed, held_out=True))
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _tokenizer_texts(seed: int) -> Iterator[str]:
+    """Enough of every kind of sentence, from the training side."""
+    yield from (row["text"] for row in tasks.text_rows(2000, seed))
+    yield from (message["content"] for row in tasks.chat_rows(3000, seed) for message in row["messages"])
+
+
+def make_model(folder: Path, settings: Settings) -> None:
+    """An untrained Mamba and its tokenizer, as a checkpoint like any other."""
+    tokenizer = build_tokenizer(_tokenizer_texts(settings.seed))
+    apply_template(tokenizer, "zephyr")
+    torch.manual_seed(settings.seed)
+    config = MambaConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        state_size=settings.state_size,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    save_model(MambaForCausalLM(config), folder, tokenizer=tokenizer, overwrite=True)
+
+
+def recipes(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
+    """Stage -> its recipe. Each stage starts from the one before; the numbers were tuned on two CPU cores."""
+    common = {
+        "max_length": settings.row_tokens,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 1.0,
+        "adam_beta2": 0.98,
+        "logging_steps": 10,
+        "eval_strategy": "no",
+        "do_eval": True,
+        "save_steps": 250,
+        "save_total_limit": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "seed": settings.seed,
+        "log_level": "warning",
+    }
+
+    def stage(name: str, start: str, data: str, **values: Any) -> dict[str, Any]:
+        return {
+            "model_name_or_path": str(folder / start),
+            "dataset_mixer": {str(folder / "data" / data): 1.0},
+            "output_dir": str(folder / name),
+            **common,
+            **values,
+        }
+
+    return {
+        "cpt": stage("cpt", "init", "text", learning_rate=3e-3, warmup_steps=20, per_device_train_batch_size=1),
+        "sft": stage("sft", "cpt", "chat", learning_rate=3e-3, warmup_steps=20, per_device_train_batch_size=1),
+        "dpo": stage(
+            "dpo", "sft", "preferences", learning_rate=1e-4, warmup_steps=5, beta=0.1, per_device_train_batch_size=16
+        ),
+    }
+
+
+@contextlib.contextmanager
+def _training_log(path: Path) -> Iterator[None]:
+    """What training prints line by line goes to a file; progress bars (stderr) stay on the screen."""
+    level = logging.getLogger("mambalign").level
+    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        logging.getLogger("mambalign").setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.getLogger("mambalign").setLevel(level)
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def _finished_results(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def evaluate(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Ask the three models the held-out questions; everything the table and the report say."""
+    problems = tasks.held_out_problems(settings.per_task, settings.seed)
+    questions = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    evaluations = []
+    for stage, (name, title) in MODELS.items():
+        model, tokenizer = load_model(folder / stage), load_tokenizer(folder / stage)
+        started = time.perf_counter()
+        replies = reply_to(model, tokenizer, questions)
+        evaluations.append(judge(name, title, problems, replies, time.perf_counter() - started))
+    conversation = converse(model, tokenizer, _chat_questions(settings.seed))
+    return summarise(folder, settings, problems, evaluations, conversation, sum(p.numel() for p in model.parameters()))
+
+
+def _chat_questions(seed: int) -> list[str]:
+    """Small talk, a held-out question, more about the same, and thanks."""
+    problem = next(p for p in tasks.held_out_problems(2, seed + 1) if p.task == "reverse" and tasks.POLITE not in p.prompt)
+    return ["Hello!", problem.prompt, "And the first word?", "Thank you!"]
+
+
+def summarise(
+    folder: Path,
+    settings: Settings,
+    problems: list[tasks.Problem],
+    evaluations: list[Evaluation],
+    conversation: list[dict[str, str]],
+    parameters: int,
+) -> dict[str, Any]:
+    base, sft, dpo = evaluations
+    right = difference([g.correct for g in sft.grades], [g.correct for g in dpo.grades])
+    kind = difference([g.kind for g in sft.grades], [g.kind for g in dpo.grades])
+    gain = sft.correct().value - base.correct().value
+    first = {problem.task: at for at, problem in reversed(list(enumerate(problems)))}
+    return {
+        "headline": f"A Mamba learns to answer, then to be kind: {percent(sft.kind().value)} to "
+        f"{percent(dpo.kind().value)}, {percent(dpo.correct().value)} right",
+        "summary": "A small Mamba from scratch, on a CPU: pre-trained on plain text, fine-tuned to follow instructions "
+        "(SFT), then aligned to close every reply kindly (DPO). In the fine-tuning data only those who ask politely get "
+        "a kind reply; the preference pairs want one for everybody.",
+        "model_line": f"{parameters:,} parameters: {settings.layers} Mamba-1 layers, width {settings.hidden_size}, state "
+        f"{settings.state_size}. Every stage packs its data without padding and without a leak between examples.",
+        "tiles": [
+            {"value": f"+{100 * gain:.0f} points", "label": "right answers, SFT over base"},
+            {"value": f"{100 * kind.value:+.0f} points", "label": f"kind replies, DPO over SFT ({_interval(kind)})"},
+            {"value": f"{100 * right.value:+.0f} points", "label": f"right answers, DPO over SFT ({_interval(right)})"},
+        ],
+        "targets": [
+            {"text": "SFT answers at least 50 points more right than the base model", "met": gain >= 0.5},
+            {"text": "DPO is kind at least 20 points more often than SFT", "met": kind.value >= 0.2},
+            {"text": "DPO loses no more than 2 points of right answers", "met": right.value >= -0.02},
+        ],
+        "models": [evaluation.to_dict() for evaluation in evaluations],
+        "examples": {task: problems[at].prompt for task, at in first.items()},
+        "samples": [
+            {
+                "prompt": problems[at].prompt,
+                "replies": [{"text": e.replies[at], **e.grades[at]._asdict()} for e in evaluations],
+            }
+            # Impolite questions, where the two trained models can differ: the last ones of each task.
+            for at in (first[task] + settings.per_task - 1 for task in tasks.TASKS)
+        ],
+        "conversation": conversation,
+        "stages": {stage: {"title": TITLES[stage], "facts": stage_facts(folder, stage)} for stage in MODELS},
+        "commands": [
+            f"mambalign sft {folder}/recipes/sft.yaml --learning_rate 1e-3 --output_dir {folder}/sft-slower",
+            f"mambalign dpo {folder}/recipes/dpo.yaml --beta 0.5 --output_dir {folder}/dpo-tighter",
+            f"mambalign check {folder}/recipes/dpo.yaml",
+        ],
+        "footer": f"Written by mambalign demo, seed {settings.seed}. Models, data, recipes and metrics are in {folder}.",
+    }
+
+
+def _interval(value: Any) -> str:
+    return f"95 %: {100 * value.low:+.0f} to {100 * value.high:+.0f}"
+
+
+def stage_facts(folder: Path, stage: str) -> dict[str, str]:
+    """What the run folder says of itself, in words."""
+    run_folder = folder / stage
+    state = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    report = json.loads((run_folder / "data.json").read_text(encoding="utf-8"))["train"]["report"]
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    tokens = max((row.get("num_tokens", 0) for row in metrics), default=0)
+    speeds = [row["tokens_per_second"] for row in metrics if row.get("tokens_per_second")]
+    seconds = (datetime.fromisoformat(state["ended"]) - datetime.fromisoformat(state["started"])).total_seconds()
+    rows = state["global_step"] * recipe["per_device_train_batch_size"]
+    pairs = stage == "dpo"
+    return {
+        "examples": f"{report.get('kept', report.get('rows', 0)):,}",
+        "steps": f"{state['global_step']:,}",
+        "tokens": f"{tokens:,.0f}",
+        "seconds": f"{seconds:.0f}",
+        "tokens per second (median)": f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "–",
+        "packing fill": "–" if pairs else percent(tokens / (rows * recipe["max_length"]), 1),
+        "batch": f"{recipe['per_device_train_batch_size']} {'pairs' if pairs else 'rows of ' + str(recipe['max_length']) + ' tokens'}",
+        "peak learning rate": f"{recipe['learning_rate']:g}",
+        "held-out loss": f"{state['metrics'].get('eval_loss', float('nan')):.3f}",
+    }
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The table and the sample conversation, on the terminal."""
+    total = results["models"][0]["correct"]["total"]
+    table = Table(title=f"{total} held-out questions, greedy replies, 95 % intervals", title_justify="left")
+    for column in ("", "right", "kind closing"):
+        table.add_column(column)
+    for model in results["models"]:
+        cells = [
+            f"{percent(s['hits'] / s['total'], 1)}  [dim]{percent(s['low'])} – {percent(s['high'])}[/]"
+            for s in (model["correct"], model["kind"])
+        ]
+        table.add_row(model["title"], *cells)
+    console.print(table)
+    for target in results["targets"]:
+        console.print(f"  {'[green]met[/]    ' if target['met'] else '[red]not met[/]'} {target['text']}")
+    console.print("\n[bold]A conversation with the aligned model[/]")
+    for message in results["conversation"]:
+        console.print(f"  [{'blue' if message['role'] == 'user' else 'green'}]{message['role']:>9}[/]  {message['content']}")

@@ -1,0 +1,110 @@
+"""`mambalign doctor`: versions, devices, the backend of every op and why, and where data and models would come from."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mambalign
+
+REQUIRED = (
+    "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface-hub", "tensorboard",
+)  # fmt: skip
+# What each adds here; none is needed for training on a CPU or one GPU.
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "bitsandbytes": "8-bit optimizers, 4-bit weights",
+    "peft": "adapters",
+    "wandb": "report_to: wandb",
+    "openai": "judges with an OpenAI-compatible API",
+    "scikit-learn": "length-controlled win rates",
+    "fastapi": "serving",
+    "trl": "parity tests",
+    "mamba-ssm": "not used; its kernels are replaced by ours",
+    "causal-conv1d": "not used; its kernels are replaced by ours",
+}
+OPS = ("selective_scan", "causal_conv1d", "token_logps")
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def diagnose() -> dict[str, dict[str, Any]]:
+    """Everything `mambalign doctor` prints, by heading; plain values only."""
+    return {
+        "versions": _versions(REQUIRED) | {"python": platform.python_version(), "mambalign": mambalign.__version__},
+        "optional": {name: f"{_version(name) or 'not installed'} ({what})" for name, what in OPTIONAL.items()},
+        "machine": _machine(),
+        "devices": _devices(),
+        "backends": _backends(),
+        "files": _files(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: _version(name) or "MISSING" for name in names}
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": f"{usable} usable of {os.cpu_count()}",
+        "torch_threads": torch.get_num_threads(),
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    return facts
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    facts: dict[str, Any] = {"torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"}
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if not torch.version.cuda else "no driver or no device is visible"
+        facts["cuda"] = f"no ({why})"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = (
+            f"{device.name}, {device.total_memory / 1e9:.0f} GB, compute capability {device.major}.{device.minor}, "
+            f"bfloat16 {'yes' if device.major >= 8 else 'slow'}"
+        )
+    if torch.backends.mps.is_available():
+        facts["mps"] = "yes"
+    return facts
+
+
+def _backends() -> dict[str, Any]:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = {}
+    for op in OPS:
+        name, reason = importlib.import_module(f"mambalign.ops.{op}").select_backend("auto", device)
+        chosen[op] = f"{name}: {reason}"
+    return chosen
+
+
+def _files() -> dict[str, Any]:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    existing = next(p for p in (home, *home.absolute().parents) if p.exists())
+    offline = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")]
+    return {
+        "hugging_face_home": f"{home}{'' if home.exists() else ' (not there yet)'}",
+        "free_there_gb": round(shutil.disk_usage(existing).free / 1e9, 1),
+        "free_here_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+        "hub": f"offline ({', '.join(offline)}): only what is cached can be used" if offline else "online",
+    }

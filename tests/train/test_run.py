@@ -1,0 +1,289 @@
+"""Whole runs of a tiny model: invariances of the step, resuming after kill -9, torn checkpoints, bad input, what is left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from mambalign.recipe import Recipe, UserError
+from mambalign.train import checkpoint
+from mambalign.train.run import run
+from mambalign.train.trainer import NonFiniteLossError, PackedTrainer
+from tests.train.conftest import history, killed_run, write_jsonl
+
+Make = Callable[..., Recipe]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert history(a) == history(b)
+    assert all(torch.equal(x, weights(b)[name]) for name, x in weights(a).items())
+
+
+@pytest.mark.parametrize("stage", ["cpt", "sft", "dpo"])
+def test_a_run_learns_and_leaves_everything_behind(stage: str, recipe: Make, workbench: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = dict(
+        num_train_epochs=6, eval_strategy="epoch", learning_rate=2e-2, report_to=["tensorboard"]
+    )
+    if stage == "cpt":
+        text = [{"text": f"{w} {w} {w} {w}"} for w in ("red", "blue", "green", "dog", "cat") * 12]
+        (tmp_path / "text").mkdir()
+        write_jsonl(tmp_path / "text" / "train.jsonl", text)
+        write_jsonl(tmp_path / "text" / "test.jsonl", text[:5])
+        changes |= dict(dataset_mixer={str(tmp_path / "text"): 1.0}, max_length=64, num_train_epochs=10)
+    result = run(stage, recipe(stage, **changes))
+    folder = result.output_dir
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
+    assert [line["step"] for line in evaluated] == sorted({line["step"] for line in evaluated})  # none twice
+    assert all(line["tokens_per_second"] > 0 for line in lines if "learning_rate" in line)
+    if stage == "dpo":
+        assert result.metrics["rewards/accuracies"] > 0.7
+        assert {"rewards/chosen", "rewards/margins", "logps/chosen", "eval_rewards/accuracies"} <= set(result.metrics)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(plain) is transformers.MambaForCausalLM
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "why"}], add_generation_prompt=True, return_tensors="pt")
+    assert plain(**ids).logits.isfinite().all()
+    for name in ("recipe.yaml", "environment.json", "data.json", "run.json", "README.md"):
+        assert (folder / name).stat().st_size > 0, name
+    assert json.loads((folder / "data.json").read_text())["train"]["fingerprint"] in (folder / "README.md").read_text()
+    assert list(folder.glob("runs/**/events*")), "no TensorBoard events"
+    assert not (folder / checkpoint.STAGING).exists()
+
+
+def test_step_zero_of_dpo_is_the_reference(recipe: Make) -> None:
+    result = run("dpo", recipe("dpo", max_steps=1, logging_steps=1))
+    assert result.metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert result.metrics["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_how_a_step_is_cut_changes_nothing(stage: str, recipe: Make, tmp_path: Path) -> None:
+    """8 x 1, 1 x 8, and one device batch under a token bound: the same losses, the same weights."""
+    cuts = {
+        "wide": dict(per_device_train_batch_size=8, gradient_accumulation_steps=1),
+        "long": dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
+        "bounded": dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, max_tokens_per_device=140),
+    }
+    for name, cut in cuts.items():
+        run(stage, recipe(stage, output_dir=str(tmp_path / name), logging_steps=1, packing=False, optim="sgd", **cut))
+    for name in ("long", "bounded"):
+        for a, b in zip(history(tmp_path / "wide"), history(tmp_path / name), strict=True):
+            if "eval_loss" in a:
+                assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
+                continue
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["num_tokens"] == b["num_tokens"] or stage == "dpo"
+        for key, expected in weights(tmp_path / "wide").items():
+            assert (expected - weights(tmp_path / name)[key]).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_killed_at_any_step_and_resumed_is_unkilled(stage: str, recipe: Make, tmp_path: Path) -> None:
+    """SIGKILL at random moments, several times; log lines and saves deliberately do not coincide."""
+    calm = run(stage, recipe(stage, output_dir=str(tmp_path / "calm")))
+    chaotic = recipe(stage, output_dir=str(tmp_path / "chaotic"))
+    folder = tmp_path / "chaotic"
+    dice = random.Random(4)
+    kills = 0
+    for _ in range(6):
+        patience = dice.uniform(0.05, 1.2)
+        started = dice.choice([None, calm.global_step // 3, calm.global_step // 2])
+
+        def reached(_: Path, started: int | None = started, seen: list[float] = [patience]) -> bool:  # noqa: B006
+            seen[0] -= 0.001
+            newest = max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0)
+            return (started is not None and newest >= started) or seen[0] < 0
+
+        kills += killed_run(stage, chaotic, reached)
+    run(stage, chaotic)
+    assert kills >= 3, "the run was too fast to be killed"
+    assert_same_run(tmp_path / "calm", folder)
+
+
+def test_killed_while_saving(recipe: Make, tmp_path: Path) -> None:
+    """The moment a staging folder exists: nothing torn is ever taken for a checkpoint."""
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), save_steps=2))
+    victim = recipe("sft", output_dir=str(tmp_path / "victim"), save_steps=2)
+    folder = tmp_path / "victim"
+    assert killed_run("sft", victim, lambda f: any((f / checkpoint.STAGING).glob("checkpoint-*/model.safetensors")))
+    run("sft", victim)
+    assert not (folder / checkpoint.STAGING).exists()
+    assert_same_run(tmp_path / "calm", folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing file", "flipped bit", "no manifest", "garbled manifest"])
+def test_a_torn_checkpoint_is_skipped_aloud(
+    damage: str, recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), save_total_limit=None))
+    torn = tmp_path / "torn"
+    shutil.copytree(tmp_path / "calm", torn)
+    state = json.loads((torn / "run.json").read_text())
+    (torn / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    newest, before = checkpoint.checkpoints(torn)[:2]
+    victim = newest / "optimizer.pt"
+    if damage == "truncated":
+        victim.write_bytes(victim.read_bytes()[:-100])
+    elif damage == "missing file":
+        victim.unlink()
+    elif damage == "flipped bit":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(bytes(content))
+    elif damage == "no manifest":
+        (newest / checkpoint.MANIFEST).unlink()
+    else:
+        (newest / checkpoint.MANIFEST).write_text('{"files": ')
+    with caplog.at_level(logging.INFO, logger="mambalign"):
+        run("sft", recipe("sft", output_dir=str(torn), save_total_limit=None))
+    assert f"skipping {newest}" in caplog.text
+    assert f"resuming from {before}" in caplog.text
+    assert_same_run(tmp_path / "calm", torn)
+
+
+def test_a_finished_run_says_so(recipe: Make, caplog: pytest.LogCaptureFixture) -> None:
+    first = run("sft", recipe("sft"))
+    stamp = (first.output_dir / "model.safetensors").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO, logger="mambalign"):
+        again = run("sft", recipe("sft"))
+    assert again.already_finished and "nothing to do" in caplog.text
+    assert again.metrics == first.metrics
+    assert (first.output_dir / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_another_recipe_is_refused_and_nothing_is_lost(recipe: Make, tmp_path: Path) -> None:
+    run("sft", recipe("sft", max_steps=3))
+    with pytest.raises(UserError, match=r"differs in learning_rate \(0.003, now 0.004\)"):
+        run("sft", recipe("sft", max_steps=3, learning_rate=4e-3))
+    run("sft", recipe("sft", max_steps=3, logging_steps=1))  # how often one logs changes nothing
+    run("sft", recipe("sft", max_steps=3, learning_rate=4e-3, resume="never"))
+    assert (tmp_path / "sft" / "previous-1" / "model.safetensors").is_file()
+
+
+def test_resume_from_a_named_checkpoint(recipe: Make, tmp_path: Path) -> None:
+    run("sft", recipe("sft", save_total_limit=None))
+    folder = tmp_path / "sft"
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    before = history(folder)
+    run("sft", recipe("sft", save_total_limit=None, resume=str(folder / "checkpoint-3")))
+    assert history(folder) == before
+    with pytest.raises(UserError, match="neither auto, never nor a checkpoint folder"):
+        run("sft", recipe("sft", output_dir=str(tmp_path / "x"), resume=str(tmp_path / "nowhere")))
+
+
+def test_two_processes_in_one_folder(recipe: Make, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "sft").mkdir()
+    with (tmp_path / "sft" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training"):
+            run("sft", recipe("sft"))
+
+
+def test_a_full_disk_fails_the_save_and_not_the_run(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm")))
+    real = PackedTrainer._save_accumulators
+
+    def full_at_six(self: PackedTrainer, folder: Path) -> None:
+        if self.state.global_step == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, folder)
+
+    monkeypatch.setattr(PackedTrainer, "_save_accumulators", full_at_six)
+    with caplog.at_level(logging.ERROR, logger="mambalign"):
+        run("sft", recipe("sft", output_dir=str(tmp_path / "full"), save_total_limit=None))
+    assert "saving checkpoint-6 failed" in caplog.text and "newest complete checkpoint is checkpoint-3" in caplog.text
+    assert not (tmp_path / "full" / "checkpoint-6").exists()
+    assert (tmp_path / "full" / "checkpoint-9").exists()
+    assert_same_run(tmp_path / "calm", tmp_path / "full")
+
+
+def test_rotation_never_deletes_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        staged = tmp_path / ".saving" / f"checkpoint-{step}"
+        staged.mkdir(parents=True)
+        (staged / "weights").write_text(str(step))
+        checkpoint.publish(staged, tmp_path / staged.name)
+    (tmp_path / "checkpoint-4").mkdir()  # torn: no manifest
+    checkpoint.rotate(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert checkpoint.newest_complete(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_the_reference_cache_is_reused_and_verified(recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def again(**changes: Any) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="mambalign"):
+            run("dpo", recipe("dpo", max_steps=2, **changes))
+        state = json.loads((tmp_path / "dpo" / "run.json").read_text())
+        (tmp_path / "dpo" / "run.json").write_text(json.dumps(state | {"status": "running"}))
+        return caplog.text
+
+    assert "reused" not in again()
+    assert "40 of 40 pairs verified and reused" in again()
+    part = next((tmp_path / "dpo" / "reference").glob("*/part-00000.safetensors"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(bytes(content))
+    assert "does not match its own hash: computing it again" in again()
+    part.write_bytes(b"torn")
+    assert "cannot be read" in again()
+
+
+def test_a_diverging_loss_stops_with_the_rows(recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mambalign.train import trainer as module
+
+    real, calls = module.target_logps, []
+
+    def poisoned(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
+
+    monkeypatch.setattr(module, "target_logps", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 5; rows of the batch: .*train:\d+.*learning_rate"):
+        run("sft", recipe("sft"))
+    assert checkpoint.newest_complete(tmp_path / "sft") == tmp_path / "sft" / "checkpoint-3"
+
+
+def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        (dict(model_name_or_path=str(tmp_path / "no-model")), "no-model"),
+        (dict(dataset_mixer={str(tmp_path / "no-data.jsonl"): 1.0}), "no-data.jsonl"),
+        (dict(use_peft=True), "use_peft"),
+        (dict(eval_strategy="steps", dataset_splits=["train"]), "eval_strategy"),
+        (dict(lr_scheduler_type="cosine", optim="adamw_nonsense"), "adamw_nonsense"),
+        (dict(backend="cuda-magic"), "cuda-magic"),
+    ]
+    for changes, named in cases:
+        with pytest.raises(ValueError, match=named):
+            run("sft", recipe("sft", **changes, output_dir=str(tmp_path / f"out-{named[:5]}")))
+
+
+def test_chat_tokens_fit_into_the_padding_rows(recipe: Make, tmp_path: Path) -> None:
+    result = run("sft", recipe("sft", chat_template="chatml", max_steps=2))
+    config = json.loads((result.output_dir / "config.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result.output_dir)
+    assert config["vocab_size"] == 264 and len(tokenizer) == 259  # 257 bytes + 2 in the 264 rows it had
+    assert config["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert "lm_head.weight" not in weights(result.output_dir)  # still tied
