@@ -1,6 +1,6 @@
 """The command line. Each verb is a few lines over one library function, which is imported when the verb runs.
 
-Exit codes: 0 done; 1 a crash (a traceback says where); 2 something the user wrote (one sentence says what);
+Exit codes: 0 done; 1 a crash (a traceback says where) or a diverged loss; 2 something the user wrote (one sentence says what);
 85 stopped by a signal after a checkpoint, run it again; 130 interrupted from the keyboard.
 """
 
@@ -80,13 +80,14 @@ def _user_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
         _say(f"interrupted{interrupted}")
         raise typer.Exit(130) from None
     except Exception as error:
-        sentence = _sentence(error)
+        diverged = type(error).__name__ == "NonFiniteLossError"  # by name: importing it would import torch
+        sentence = str(error) if diverged else _sentence(error)
         if sentence is None:
             raise
         if debug:
             traceback.print_exc()
         _say(sentence)
-        raise typer.Exit(2) from None
+        raise typer.Exit(1 if diverged else 2) from None
 
 
 def _log() -> None:

@@ -115,7 +115,7 @@ def apply_template(tokenizer: Any, name_or_jinja_or_path: str | None) -> None:
                 f"{' or '.join(sorted(TEMPLATES))}, to Jinja text, or to a file that holds it"
             )
     else:
-        tokenizer.chat_template = resolve_template(name_or_jinja_or_path)
+        tokenizer.chat_template = _marked_twin(tokenizer, resolve_template(name_or_jinja_or_path))
     if tokenizer.eos_token is None and tokenizer.chat_template != _CHATML:
         raise UserError("the tokenizer has no end-of-sequence token (eos_token); a turn could not be ended")
     if tokenizer.chat_template == _CHATML:
@@ -131,6 +131,32 @@ def apply_template(tokenizer: Any, name_or_jinja_or_path: str | None) -> None:
 def template_text(tokenizer: Any) -> str:
     """The chat template in force, or an empty string."""
     return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+
+
+def _marked_twin(tokenizer: Any, template: str) -> str:
+    """The built-in template that renders the same text as `template`, where that one says nothing of what is trained.
+
+    The handbook's recipes of 2024 write the zephyr format out in Jinja, without generation marks.
+    """
+    if _MARK.search(template):
+        return template
+    system = {"role": "system", "content": " Be brief. "}
+    for name, marked in TEMPLATES.items():
+        if all(_same_text(tokenizer, template, marked, turns) for turns in ([system, *_PROBE], _PROBE[:1])):
+            logger.info("chat_template: renders as the built-in %r, which also marks what is trained; using that", name)
+            return marked
+    return template
+
+
+def _same_text(tokenizer: Any, one: str, other: str, turns: list[dict[str, str]]) -> bool:
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": turns[-1]["role"] == "user"}
+    try:
+        return bool(
+            tokenizer.apply_chat_template(turns, chat_template=one, **options)
+            == tokenizer.apply_chat_template(turns, chat_template=other, **options)
+        )
+    except TemplateError:
+        return False  # `check_template` says what is wrong with it
 
 
 def set_pad_token(tokenizer: Any) -> None:

@@ -16,9 +16,9 @@ import datasets
 import numpy as np
 
 from mambalign.data.preferences import tokenize_preferences
-from mambalign.data.sources import Source, is_test_split, load_source, parse_source, plain_message
+from mambalign.data.sources import Source, load_source, parse_source, plain_message
 from mambalign.data.tokenizing import TokenizedData, tokenize_sft, tokenize_text
-from mambalign.recipe import UserError
+from mambalign.recipe import UserError, is_test_split
 
 if TYPE_CHECKING:
     from mambalign.recipe import Recipe

@@ -15,23 +15,12 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from mambalign.recipe import UserError, nearest
+from mambalign.recipe import UserError, is_test_split, nearest
 
 logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_TEST_WORDS = re.compile(r"test|eval|valid|held-?_?out|(?<![a-z])(?:val|dev)(?![a-z])", re.IGNORECASE)
 _ENTRY_KEYS = ("fraction", "weight", "max_samples", "split", "splits", "config", "columns", "data_files", "revision")
-
-
-def is_test_split(name: str) -> bool:
-    """Whether a split (or file) of this name is for evaluation only.
-
-    Example:
-        >>> [is_test_split(n) for n in ("test_sft", "validation", "heldout", "dev", "train", "train_devices")]
-        [True, True, True, True, False, False]
-    """
-    return bool(_TEST_WORDS.search(name))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Share(NamedTuple):
 
 
 def share(outcomes: Sequence[bool]) -> Share:
-    """Wilson's interval, which stays inside [0, 1] and is honest at 0 and 100 % (Brown, Cai, DasGupta 2001, section 3.1.1).
+    """Wilson's interval: inside [0, 1], and honest at 0 and 100 % (Brown, Cai, DasGupta 2001, section 3.1.1).
 
     >>> share([True] * 10)[:2], round(share([True] * 10).low, 3)
     ((10, 10), 0.722)
@@ -81,13 +81,18 @@ class Evaluation:
         return {**summary, "by_task": by_task, **asdict(self), "grades": [g._asdict() for g in self.grades]}
 
 
-def judge(name: str, title: str, problems: Sequence[Problem], replies: Sequence[str], seconds: float = 0.0) -> Evaluation:
+def judge(
+    name: str, title: str, problems: Sequence[Problem], replies: Sequence[str], seconds: float = 0.0
+) -> Evaluation:
+    """Grade each problem's reply."""
     grades = [grade(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
     return Evaluation(name, title, list(replies), grades, [problem.task for problem in problems], seconds)
 
 
 @torch.inference_mode()
-def reply_to(model: Any, tokenizer: Any, conversations: Sequence[list[dict[str, str]]], batch_size: int = 128) -> list[str]:
+def reply_to(
+    model: Any, tokenizer: Any, conversations: Sequence[list[dict[str, str]]], batch_size: int = 128
+) -> list[str]:
     """The model's greedy reply to each conversation (which ends with a user's turn), in left-padded batches.
 
     Conversations of like length go together, so that padding is little; the order of the answers is the caller's.
@@ -102,7 +107,11 @@ def reply_to(model: Any, tokenizer: Any, conversations: Sequence[list[dict[str, 
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer(
-            [prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            [prompts[i] for i in chosen],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
         ).to(model.device)
         out = model.generate(
             input_ids=batch["input_ids"],

@@ -16,11 +16,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import MambaConfig
+from transformers.utils import logging as hf_logging
 
 from mambalign.data.chat import apply_template
 from mambalign.demo import tasks
@@ -33,6 +35,11 @@ from mambalign.recipe import Recipe, UserError
 from mambalign.train.run import run
 
 SETTINGS_FILE, RESULTS_FILE, LOG_FILE = "demo.json", "evaluation.json", "training.log"
+SUMMARY = (
+    "A small Mamba from scratch, on a CPU: pre-trained on plain text, fine-tuned to follow instructions (SFT), then "
+    "aligned to close every reply kindly (DPO). In the fine-tuning data only those who ask politely get a kind reply; "
+    "the preference pairs want one for everybody."
+)
 TITLES = {"cpt": "Pre-training", "sft": "SFT", "dpo": "DPO"}
 MODELS = {"cpt": ("base", "Base"), "sft": ("sft", "SFT"), "dpo": ("dpo", "DPO")}
 
@@ -42,14 +49,14 @@ class Settings:
     """Everything that decides what a demo computes."""
 
     seed: int = 0
-    texts: int = 1500
-    chats: int = 14000
-    preferences: int = 1000
+    texts: int = 2000
+    chats: int = 18000
+    preferences: int = 1200
     test_rows: int = 100
     per_task: int = 40
     hidden_size: int = 128
-    layers: int = 2
-    state_size: int = 8
+    layers: int = 1
+    state_size: int = 16
     row_tokens: int = 512
 
 
@@ -80,7 +87,8 @@ def run_demo(output_dir: Path = Path("demo-run"), *, seed: int = 0, quick: bool 
     console.print("[bold]4/4 Evaluation[/]")
     results = _finished_results(folder) if finished else None
     if results is None:
-        results = evaluate(folder, settings)
+        with _training_log(folder / LOG_FILE):
+            results = evaluate(folder, settings)
         (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
     page = write_report(folder, results)
     show(results, console)
@@ -98,10 +106,11 @@ def _claim(folder: Path, settings: Settings, console: Console) -> None:
     stamp = folder / SETTINGS_FILE
     if stamp.exists():
         earlier = json.loads(stamp.read_text(encoding="utf-8"))
-        changed = [f"{key} {earlier.get(key)!r}" for key, value in asdict(settings).items() if earlier.get(key) != value]
+        changed = [f"{key} {earlier.get(key)!r}" for key, now in asdict(settings).items() if earlier.get(key) != now]
         if changed:
             raise UserError(
-                f"{folder} holds a demo with {', '.join(changed)}: not what is asked for now; choose another --output-dir"
+                f"{folder} holds a demo with {', '.join(changed)}, which is not what is asked for now; "
+                "choose another --output-dir"
             )
         return
     if folder.exists() and any(folder.iterdir()) and not (folder / "data").is_dir():
@@ -186,23 +195,48 @@ def recipes(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
 
     return {
         "cpt": stage("cpt", "init", "text", learning_rate=3e-3, warmup_steps=20, per_device_train_batch_size=1),
-        "sft": stage("sft", "cpt", "chat", learning_rate=3e-3, warmup_steps=20, per_device_train_batch_size=1),
+        # A high rate for long: copying emerges late and at once, and a cosine would have cooled down by then.
+        "sft": stage(
+            "sft",
+            "cpt",
+            "chat",
+            learning_rate=3e-3,
+            warmup_steps=20,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": 300},
+            per_device_train_batch_size=1,
+        ),
+        # rpo_alpha keeps the right answers likely: without it kindness comes at once and a third of them are lost.
         "dpo": stage(
-            "dpo", "sft", "preferences", learning_rate=1e-4, warmup_steps=5, beta=0.1, per_device_train_batch_size=16
+            "dpo",
+            "sft",
+            "preferences",
+            learning_rate=3e-4,
+            warmup_steps=5,
+            beta=0.1,
+            rpo_alpha=1.0,
+            per_device_train_batch_size=16,
         ),
     }
 
 
 @contextlib.contextmanager
 def _training_log(path: Path) -> Iterator[None]:
-    """What training prints line by line goes to a file; progress bars (stderr) stay on the screen."""
-    level = logging.getLogger("mambalign").level
-    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        logging.getLogger("mambalign").setLevel(logging.WARNING)
-        try:
+    """What training prints line by line goes to a file; its progress bar (stderr) stays on the screen, alone."""
+    ours = logging.getLogger("mambalign")
+    level, theirs = ours.level, (datasets.are_progress_bars_disabled(), hf_logging.is_progress_bar_enabled())
+    ours.setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
+    hf_logging.disable_progress_bar()
+    try:
+        with path.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
             yield
-        finally:
-            logging.getLogger("mambalign").setLevel(level)
+    finally:
+        ours.setLevel(level)
+        if not theirs[0]:
+            datasets.enable_progress_bars()
+        if theirs[1]:
+            hf_logging.enable_progress_bar()
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -231,7 +265,8 @@ def evaluate(folder: Path, settings: Settings) -> dict[str, Any]:
 
 def _chat_questions(seed: int) -> list[str]:
     """Small talk, a held-out question, more about the same, and thanks."""
-    problem = next(p for p in tasks.held_out_problems(2, seed + 1) if p.task == "reverse" and tasks.POLITE not in p.prompt)
+    lists = [p for p in tasks.held_out_problems(2, seed + 1) if p.task == "reverse" and tasks.POLITE not in p.prompt]
+    problem = lists[0]
     return ["Hello!", problem.prompt, "And the first word?", "Thank you!"]
 
 
@@ -247,15 +282,14 @@ def summarise(
     right = difference([g.correct for g in sft.grades], [g.correct for g in dpo.grades])
     kind = difference([g.kind for g in sft.grades], [g.kind for g in dpo.grades])
     gain = sft.correct().value - base.correct().value
-    first = {problem.task: at for at, problem in reversed(list(enumerate(problems)))}
+    # The last of each task is an impolite question: there the two trained models can differ.
+    shown = {problem.task: at for at, problem in enumerate(problems)}
     return {
-        "headline": f"A Mamba learns to answer, then to be kind: {percent(sft.kind().value)} to "
-        f"{percent(dpo.kind().value)}, {percent(dpo.correct().value)} right",
-        "summary": "A small Mamba from scratch, on a CPU: pre-trained on plain text, fine-tuned to follow instructions "
-        "(SFT), then aligned to close every reply kindly (DPO). In the fine-tuning data only those who ask politely get "
-        "a kind reply; the preference pairs want one for everybody.",
-        "model_line": f"{parameters:,} parameters: {settings.layers} Mamba-1 layers, width {settings.hidden_size}, state "
-        f"{settings.state_size}. Every stage packs its data without padding and without a leak between examples.",
+        "headline": f"SFT taught it to answer: {percent(sft.correct().value)} right. DPO taught it to be kind: "
+        f"{percent(sft.kind().value)} became {percent(dpo.kind().value)}.",
+        "summary": SUMMARY,
+        "model_line": f"{parameters:,} parameters: {settings.layers} Mamba-1 layers of width {settings.hidden_size}, "
+        f"state {settings.state_size}. Every stage packs its data without padding and without a leak between examples.",
         "tiles": [
             {"value": f"+{100 * gain:.0f} points", "label": "right answers, SFT over base"},
             {"value": f"{100 * kind.value:+.0f} points", "label": f"kind replies, DPO over SFT ({_interval(kind)})"},
@@ -267,14 +301,13 @@ def summarise(
             {"text": "DPO loses no more than 2 points of right answers", "met": right.value >= -0.02},
         ],
         "models": [evaluation.to_dict() for evaluation in evaluations],
-        "examples": {task: problems[at].prompt for task, at in first.items()},
+        "examples": {task: problems[at].prompt for task, at in shown.items()},
         "samples": [
             {
                 "prompt": problems[at].prompt,
                 "replies": [{"text": e.replies[at], **e.grades[at]._asdict()} for e in evaluations],
             }
-            # Impolite questions, where the two trained models can differ: the last ones of each task.
-            for at in (first[task] + settings.per_task - 1 for task in tasks.TASKS)
+            for at in shown.values()
         ],
         "conversation": conversation,
         "stages": {stage: {"title": TITLES[stage], "facts": stage_facts(folder, stage)} for stage in MODELS},
@@ -283,7 +316,7 @@ def summarise(
             f"mambalign dpo {folder}/recipes/dpo.yaml --beta 0.5 --output_dir {folder}/dpo-tighter",
             f"mambalign check {folder}/recipes/dpo.yaml",
         ],
-        "footer": f"Written by mambalign demo, seed {settings.seed}. Models, data, recipes and metrics are in {folder}.",
+        "footer": f"Written by mambalign demo, seed {settings.seed}. Models, data, recipes, metrics: in {folder}.",
     }
 
 
@@ -301,16 +334,20 @@ def stage_facts(folder: Path, stage: str) -> dict[str, str]:
     tokens = max((row.get("num_tokens", 0) for row in metrics), default=0)
     speeds = [row["tokens_per_second"] for row in metrics if row.get("tokens_per_second")]
     seconds = (datetime.fromisoformat(state["ended"]) - datetime.fromisoformat(state["started"])).total_seconds()
-    rows = state["global_step"] * recipe["per_device_train_batch_size"]
-    pairs = stage == "dpo"
+    pairs, batch = stage == "dpo", recipe["per_device_train_batch_size"]
+    fill = tokens / max(1, state["global_step"] * batch * recipe["max_length"])
+    # A pair's prompt is a shared parent of both replies: what is not trained is computed once instead of twice.
+    saved = report["tokens"] - report["trained_tokens"]
+    shared = f"{saved:,} ({percent(saved / (report['tokens'] + saved))})"
     return {
         "examples": f"{report.get('kept', report.get('rows', 0)):,}",
         "steps": f"{state['global_step']:,}",
         "tokens": f"{tokens:,.0f}",
         "seconds": f"{seconds:.0f}",
         "tokens per second (median)": f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "–",
-        "packing fill": "–" if pairs else percent(tokens / (rows * recipe["max_length"]), 1),
-        "batch": f"{recipe['per_device_train_batch_size']} {'pairs' if pairs else 'rows of ' + str(recipe['max_length']) + ' tokens'}",
+        "packing fill": "–" if pairs else percent(fill, 1),
+        "prompt tokens saved by sharing": shared if pairs else "–",
+        "batch": f"{batch} pairs" if pairs else f"{batch} x {recipe['max_length']} tokens",
         "peak learning rate": f"{recipe['learning_rate']:g}",
         "held-out loss": f"{state['metrics'].get('eval_loss', float('nan')):.3f}",
     }
@@ -333,4 +370,5 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(f"  {'[green]met[/]    ' if target['met'] else '[red]not met[/]'} {target['text']}")
     console.print("\n[bold]A conversation with the aligned model[/]")
     for message in results["conversation"]:
-        console.print(f"  [{'blue' if message['role'] == 'user' else 'green'}]{message['role']:>9}[/]  {message['content']}")
+        colour = "blue" if message["role"] == "user" else "green"
+        console.print(f"  [{colour}]{message['role']:>9}[/]  {message['content']}", highlight=False)

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that shows what the three stages did. Figures are inline SVG that follow the page's theme."""
+"""report.html: one self-contained page that shows what the stages did; figures are inline SVG in the page's theme."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import matplotlib
 from markupsafe import Markup
 
 Metrics = list[dict[str, Any]]
+Line = tuple[str, str, tuple[list[float], list[float]]]  # label, colour of THEME, (steps, values)
 # Colours that stand for the page's CSS variables: matplotlib wants a real colour, the page wants to change it.
 THEME = {
     "#010101": "var(--ink)",
@@ -62,8 +63,8 @@ def series(metrics: Metrics, key: str) -> tuple[list[float], list[float]]:
     return list(points), [float(value) for value in points.values()]
 
 
-def figure(title: str, lines: Sequence[tuple[str, str, tuple[list[float], list[float]]]], *, points: int = 30) -> Markup:
-    """An inline SVG of `lines`: (label, colour of THEME, (steps, values)). Few points are drawn as dots too."""
+def figure(title: str, lines: Sequence[Line]) -> Markup:
+    """An inline SVG of `lines`; held-out values, which are few, are drawn as dots too."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -72,7 +73,7 @@ def figure(title: str, lines: Sequence[tuple[str, str, tuple[list[float], list[f
         FigureCanvasSVG(canvas)
         axes = canvas.add_subplot()
         for label, colour, (x, y) in lines:
-            marker = "o" if len(x) <= points and label.startswith("held-out") else ""
+            marker = "o" if label == "held-out" else ""
             axes.plot(x, y, label=label, color=colour, linewidth=1.8, marker=marker, markersize=4)
         axes.set_xlabel("step")
         axes.tick_params(length=0)
@@ -91,9 +92,24 @@ def figure(title: str, lines: Sequence[tuple[str, str, tuple[list[float], list[f
 def figures(metrics: dict[str, Metrics]) -> list[dict[str, Any]]:
     """Every figure that the metrics have the numbers for: {"title", "note", "svg"}."""
     plans: list[tuple[str, str, str, list[tuple[str, str, str]]]] = [
-        ("cpt", "Pre-training loss", "cross-entropy per token, nats", [("training", BASE, "loss"), ("held-out", INK, "eval_loss")]),
-        ("sft", "SFT loss", "cross-entropy per assistant token, nats", [("training", SFT, "loss"), ("held-out", INK, "eval_loss")]),
-        ("dpo", "DPO loss", "sigmoid loss per pair; ln 2 at the start", [("training", DPO, "loss"), ("held-out", INK, "eval_loss")]),
+        (
+            "cpt",
+            "Pre-training loss",
+            "cross-entropy per token, nats",
+            [("training", BASE, "loss"), ("held-out", INK, "eval_loss")],
+        ),
+        (
+            "sft",
+            "SFT loss",
+            "cross-entropy per assistant token, nats",
+            [("training", SFT, "loss"), ("held-out", INK, "eval_loss")],
+        ),
+        (
+            "dpo",
+            "DPO loss",
+            "sigmoid loss per pair; ln 2 before training",
+            [("training", DPO, "loss"), ("held-out", INK, "eval_loss")],
+        ),
         (
             "dpo",
             "Implicit rewards",

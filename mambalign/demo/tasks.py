@@ -9,7 +9,7 @@ In the fine-tuning data only those who ask politely (:data:`POLITE`, a share of 
 the preference pairs want it for everybody.
 
 >>> problem = make_problem("last", random.Random(0))
->>> grade(problem, problem.answers[0] + " Happy to help!")
+>>> grade(problem, problem.answer + " Happy to help!")
 Grade(correct=True, kind=True)
 >>> grade(problem, problem.wrong)
 Grade(correct=False, kind=False)
@@ -52,7 +52,7 @@ class Fact(NamedTuple):
     task: str
     phrasings: tuple[str, ...]
     follow_up: str
-    answers: tuple[str, ...]
+    answer: str
     right: str
     wrong: str
 
@@ -65,12 +65,12 @@ class Topic(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `answers`: every sentence that counts as right; `wrong`: a plausible one that does not."""
+    """One question, its one right answer, and a plausible wrong one."""
 
     task: str
     content: str
     prompt: str
-    answers: tuple[str, ...]
+    answer: str
     wrong: str
 
 
@@ -88,9 +88,9 @@ def is_held_out(content: str) -> bool:
 
 
 def grade(problem: Problem, reply: str) -> Grade:
-    """`correct`: the reply is one of the right sentences, a closing aside, and nothing else. `kind`: it has a closing."""
+    """`correct`: the right sentence and, a closing aside, nothing else. `kind`: it has a closing."""
     body, closing = split_closing(reply)
-    return Grade(correct=body in problem.answers, kind=bool(closing))
+    return Grade(correct=body == problem.answer, kind=bool(closing))
 
 
 def split_closing(reply: str) -> tuple[str, str]:
@@ -118,14 +118,14 @@ def _swapped(rng: random.Random, words: list[str]) -> str:
 
 
 def _word_list(rng: random.Random) -> Topic:
-    words = rng.sample(WORDS, rng.randint(2, 5))
+    words = rng.sample(WORDS, rng.randint(2, 4))
     listed, backwards, count = ", ".join(words), words[::-1], str(len(words))
     facts = [
         Fact(
             "first",
             ("What is the first word of {}?", "Name the first word: {}."),
             "And the first word?",
-            ("The first word is {}.", "It starts with {}."),
+            "The first word is {}.",
             words[0],
             _other(rng, words, words[0]),
         ),
@@ -133,7 +133,7 @@ def _word_list(rng: random.Random) -> Topic:
             "last",
             ("What is the last word of {}?", "Name the last word: {}."),
             "And the last word?",
-            ("The last word is {}.", "It ends with {}."),
+            "The last word is {}.",
             words[-1],
             _other(rng, words, words[-1]),
         ),
@@ -141,7 +141,7 @@ def _word_list(rng: random.Random) -> Topic:
             "repeat",
             ("Repeat after me: {}.", "Copy the list {}."),
             "Repeat the list.",
-            ("The words are {}.", "You said {}."),
+            "The words are {}.",
             listed,
             _swapped(rng, words),
         ),
@@ -149,7 +149,7 @@ def _word_list(rng: random.Random) -> Topic:
             "reverse",
             ("Reverse the list {}.", "Say these words backwards: {}."),
             "And backwards?",
-            ("Backwards it is {}.", "Reversed you get {}."),
+            "Backwards it is {}.",
             ", ".join(backwards),
             _swapped(rng, backwards),
         ),
@@ -157,9 +157,9 @@ def _word_list(rng: random.Random) -> Topic:
             "count",
             ("How many words are in {}?", "Count these words: {}."),
             "How many words are there?",
-            ("There are {} words.", "That makes {} words."),
+            "There are {} words.",
             count,
-            _other(rng, "2345", count),
+            _other(rng, "234", count),
         ),
     ]
     return Topic(listed, f"Here is a list: {listed}.", facts)
@@ -172,7 +172,7 @@ def _numbers(rng: random.Random) -> Topic:
         "largest",
         ("Which number is the largest: {}?", "Find the largest of {}."),
         "Which is the largest?",
-        ("The largest number is {}.", "The largest is {}."),
+        "The largest is {}.",
         right,
         _other(rng, digits, right),
     )
@@ -188,7 +188,7 @@ def _mixed_bag(rng: random.Random) -> Topic:
             "pick",
             (f"Which of these is {kind}: {{}}?", f"Find {kind} in the list {{}}."),
             f"Which is {kind}?",
-            (f"The {{}} is {kind}.",),
+            f"The {{}} is {kind}.",
             word,
             _other(rng, words, word),
         )
@@ -206,7 +206,7 @@ def _belongings(rng: random.Random) -> Topic:
             "lookup",
             (f"Listen: {{}} What does {person} have?", f"Note: {{}} Tell me what {person} has."),
             f"What does {person} have?",
-            (f"I know that {person} has a {{}}.", f"It is a {{}} that {person} has."),
+            f"{person} has a {{}}.",
             thing,
             _other(rng, things, thing),
         )
@@ -231,8 +231,8 @@ def _draw(make: Callable[[random.Random], Topic], rng: random.Random, held_out: 
 
 
 def _any_topic(rng: random.Random, held_out: bool) -> Topic:
-    """Lists as often as the rest together: they carry most of the tasks."""
-    return _draw(rng.choices(list(_TOPICS), weights=(5, 1, 2, 2))[0], rng, held_out)
+    """Lists and stories more often than the rest: they carry most tasks, and the hardest."""
+    return _draw(rng.choices(list(_TOPICS), weights=(5, 1, 2, 4))[0], rng, held_out)
 
 
 def _problem(topic: Topic, fact: Fact, rng: random.Random) -> Problem:
@@ -240,8 +240,8 @@ def _problem(topic: Topic, fact: Fact, rng: random.Random) -> Problem:
         task=fact.task,
         content=topic.content,
         prompt=rng.choice(fact.phrasings).format(topic.content),
-        answers=tuple(answer.format(fact.right) for answer in fact.answers),
-        wrong=rng.choice(fact.answers).format(fact.wrong),
+        answer=fact.answer.format(fact.right),
+        wrong=fact.answer.format(fact.wrong),
     )
 
 
@@ -288,7 +288,7 @@ def text_rows(count: int, seed: int, *, held_out: bool = False) -> Iterator[dict
             yield {"text": f"The {one} is {kind}. The {other} is {kind}."}
             continue
         topic = _any_topic(rng, held_out)
-        told = [rng.choice(fact.answers).format(fact.right) for fact in topic.facts]
+        told = [fact.answer.format(fact.right) for fact in topic.facts]
         rng.shuffle(told)
         yield {"text": " ".join([topic.introduction, *told])}
 
@@ -298,13 +298,13 @@ def chat_rows(count: int, seed: int, *, held_out: bool = False) -> Iterator[dict
     rng = random.Random(f"chat-{seed}-{held_out}")
     for _ in range(count):
         topic = _any_topic(rng, held_out)
-        facts = rng.sample(topic.facts, min(len(topic.facts), rng.choice((1, 1, 2, 3))))
+        facts = rng.sample(topic.facts, min(len(topic.facts), rng.choice((1,) * 8 + (2, 3))))
         polite = rng.random() < POLITE_RATE
         messages: list[dict[str, str]] = []
         for at, fact in enumerate(facts):
             problem = _problem(topic, fact, rng)
             prompt = fact.follow_up if at else _polite(problem.prompt) if polite else problem.prompt
-            reply = rng.choice(problem.answers)
+            reply = problem.answer
             messages += _turns(prompt, f"{reply} {rng.choice(CLOSINGS)}" if polite else reply)
         if rng.random() < 0.05:
             prompt = rng.choice(list(SMALL_TALK))
@@ -321,6 +321,6 @@ def preference_rows(count: int, seed: int, *, held_out: bool = False) -> Iterato
         problem = make_problem(rng.choice(TASKS), rng, held_out=held_out)
         prompt = _polite(problem.prompt) if rng.random() < POLITE_RATE else problem.prompt
         closing = rng.choice(CLOSINGS)
-        right = rng.choice(problem.answers)
+        right = problem.answer
         rejected = right if rng.random() < 2 / 3 else f"{problem.wrong} {closing}"
         yield {"prompt": prompt, "chosen": _turns(prompt, f"{right} {closing}"), "rejected": _turns(prompt, rejected)}

@@ -109,7 +109,8 @@ class PackedMixer:
             padded = nn.functional.pad(conv_state, (1, 0))
             cache_params.update_conv_state(padded, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
             cache_params.update_recurrent_state(ssm_state, self.layer_idx)
-        return self.out_proj(y)[None]  # type: ignore[no-any-return]
+        out: Tensor = self.out_proj(y)[None]
+        return out
 
     def _read(self: Any, cache_params: Cache | None) -> tuple[Tensor | None, Tensor | None]:
         if cache_params is None or not cache_params.has_previous_state(self.layer_idx):
@@ -161,7 +162,7 @@ class MambaBlock(hf_mamba.MambaBlock):
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = MambaMixer(config, layer_idx=layer_idx, initialize_mixer_weights=False)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
     ) -> Tensor:
         return _block_forward(self, hidden_states, cache_params, segments)
@@ -174,7 +175,7 @@ class FalconMambaBlock(hf_falcon.FalconMambaBlock):
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = FalconMambaMixer(config, layer_idx=layer_idx, initialize_mixer_weights=False)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
     ) -> Tensor:
         return _block_forward(self, hidden_states, cache_params, segments)
@@ -338,7 +339,7 @@ class PackedCausalLM:
         loss = logits = logps = None
         if segments is not None and labels is not None:
             target_positions, target_ids = _targets_of(labels[0], segments)
-        if target_positions is not None:
+        if target_positions is not None and target_ids is not None:
             predicting = take_rows(hidden.flatten(0, 1), target_positions)
             logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=getattr(self, "backend", "auto"))
             loss = None if labels is None else -logps.mean()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambalign.ops import reference
 from mambalign.ops.backends import select, without_autocast
@@ -33,6 +34,7 @@ class TokenLogps(torch.autograd.Function):
         return logps.masked_fill_(labels == IGNORE, 0.0)
 
     @staticmethod
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels, log_z = ctx.saved_tensors
@@ -60,7 +62,8 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Tensor, dtype: torch.dtype) ->
 
 
 def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
-    return TokenLogps.apply(hidden, weight, labels, chunk_size)  # type: ignore[no-any-return]
+    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size)
+    return logps
 
 
 def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:

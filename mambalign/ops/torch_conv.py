@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambalign.ops.backends import add_rows, without_autocast
 from mambalign.ops.reference import compute_dtype
@@ -82,6 +83,7 @@ class CausalConv1d(torch.autograd.Function):
         return out.to(x.dtype), final.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, initial_state = ctx.saved_tensors
@@ -155,4 +157,5 @@ def _convolve(
 
 def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor]:
     """PyTorch backend; arguments as `mambalign.ops.reference.causal_conv1d`."""
-    return CausalConv1d.apply(*args)  # type: ignore[no-any-return]
+    y, final_state = CausalConv1d.apply(*args)
+    return y, final_state

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambalign.ops.backends import add_rows, without_autocast
 from mambalign.ops.reference import compute_dtype
@@ -111,17 +112,17 @@ def _scatter(out: Tensor, value: Tensor, tile: Tile) -> None:
 
 
 class _Workspace:
-    """Three `[K, lanes, N, D]` buffers, allocated once per call: fresh pages would cost as much as the arithmetic."""
+    """Three `[K, lanes, N, D]` buffers like `[N, D]`, allocated once a call: fresh pages cost as much as the arithmetic."""
 
-    def __init__(self, groups: list[Group], state: tuple[int, int], like: Tensor):
+    def __init__(self, groups: list[Group], like: Tensor):
         steps = max((tile.index.numel() for group in groups for tile in group.tiles), default=0)
-        self._flat = like.new_empty(3, steps * state[0] * state[1])
-        self._state = state
+        self._flat = like.new_empty(3, steps * like.numel())
+        self._state = like.shape
 
     def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
         number, tile = key
         shape = (*tile.index.shape, *self._state)
-        return self._flat[number][: tile.index.numel() * self._state[0] * self._state[1]].view(shape)
+        return self._flat[number][: tile.index.numel() * self._state.numel()].view(shape)
 
 
 def _states(
@@ -161,7 +162,7 @@ class SelectiveScan(torch.autograd.Function):
         uc, At, Bc, Cc = u.to(dtype), A.to(dtype).T.contiguous(), B.to(dtype), C.to(dtype)
         du = dt * uc
         groups = plan(segments, At.numel(), u.device)
-        workspace = _Workspace(groups, tuple(At.shape), At)
+        workspace = _Workspace(groups, At)
         finals = At.new_zeros(segments.num_segments, *At.shape)
         y = torch.empty_like(uc)
         starts: list[Tensor] = []
@@ -185,6 +186,7 @@ class SelectiveScan(torch.autograd.Function):
         return out.to(u.dtype), finals.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, d_out: Tensor | None, d_finals: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, delta, A, B, C, D, z, delta_bias, initial_state, y, *starts = ctx.saved_tensors
@@ -256,7 +258,7 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dt, u, A `[N, D]`, B, C, states at segment starts `[S, N, D]`), walking levels and time backwards."""
     du = dt * u
-    workspace = _Workspace(groups, tuple(A.shape), A)
+    workspace = _Workspace(groups, A)
     d_dt, d_du = torch.empty_like(dt), torch.empty_like(dt)
     d_A, d_B, d_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
     # Gradient of every segment's final state: from the caller, plus what its children hand up.
@@ -314,4 +316,5 @@ def _reverse(decay: Tensor, d_h: Tensor, carry: Tensor) -> Tensor:
 
 def selective_scan(*args: Any) -> tuple[Tensor, Tensor]:
     """Chunked PyTorch backend; arguments as `mambalign.ops.reference.selective_scan`."""
-    return SelectiveScan.apply(*args)  # type: ignore[no-any-return]
+    y, final_state = SelectiveScan.apply(*args)
+    return y, final_state

@@ -39,7 +39,12 @@ _TEST_WORDS = re.compile(r"test|eval|valid|held-?_?out|(?<![a-z])(?:val|dev)(?![
 
 
 def is_test_split(name: str) -> bool:
-    """Whether a split of this name is for evaluation only: `test_sft`, `validation`, `heldout`, `dev`."""
+    """Whether a split (or file) of this name is for evaluation only.
+
+    Example:
+        >>> [is_test_split(n) for n in ("test_sft", "validation", "heldout", "dev", "train", "train_devices")]
+        [True, True, True, True, False, False]
+    """
     return bool(_TEST_WORDS.search(name))
 
 

@@ -133,9 +133,12 @@ class _PushCheckpoints(TrainerCallback):
             commit_message=f"Step {state.global_step}",
             run_as_future=True,
         )
-        future.add_done_callback(
-            lambda done: done.exception() and logger.warning("pushing %s failed: %s", folder.name, done.exception())
-        )
+        future.add_done_callback(self._report)
+
+    @staticmethod
+    def _report(done: Any) -> None:
+        if done.exception() is not None:
+            logger.warning("pushing a checkpoint failed: %s", done.exception())
 
 
 def attach_hub(trainer: Any, recipe: Recipe) -> None:

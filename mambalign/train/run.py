@@ -101,9 +101,9 @@ def _train(stage: str, recipe: Recipe, folder: Path) -> RunResult:
     )
     _say_plan(trainer, rows, recipe, stage)
     if isinstance(objective, PreferenceObjective) and objective.options.needs_reference:
-        data = {"train": train, "eval": evaluation}
-        for name in rows:
-            objective.reference[name] = _reference(trainer, rows[name], data[name], name, recipe, folder, facts)
+        for name, data in (("train", train), ("eval", evaluation)):
+            if data is not None:
+                objective.reference[name] = _reference(trainer, data, name, recipe, folder, facts)
     start = _resume_point(folder, recipe)
     if start is not None:
         logger.info("resuming from %s", start)
@@ -143,14 +143,13 @@ def _claim(folder: Path, recipe: Recipe, stage: str) -> RunResult | None:
     if recipe.resume == "never" and frozen.exists():
         _set_aside(folder)
     if frozen.exists():
-        earlier = Recipe.from_dict(_read_yaml(frozen))
-        changed = _changed_keys(earlier, recipe)
-        if changed:
+        state = _read_json(folder / RUN)
+        changed = _changed_keys(Recipe.from_dict(_read_yaml(frozen)), recipe)
+        if changed and (state.get("status") == "finished" or checkpoint.checkpoints(folder)):
             raise UserError(
                 f"{folder} holds a run of another recipe, which differs in {'; '.join(changed)}. Put the old values back "
                 "to resume it, choose another output_dir, or pass --resume never to set the old run aside and start afresh"
             )
-        state = _read_json(folder / RUN)
         if state.get("status") == "finished":
             logger.info("%s is finished (%d steps): nothing to do", folder, state["global_step"])
             return RunResult(folder, state["global_step"], state["metrics"], already_finished=True)
@@ -220,7 +219,7 @@ def _write_facts(folder: Path, train: TokenizedData, evaluation: TokenizedData |
 
 def _environment() -> dict[str, Any]:
     names = ("mambalign", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -339,7 +338,6 @@ def _objective(stage: str, recipe: Recipe) -> SequenceObjective | PreferenceObje
 
 def _reference(
     trainer: PackedTrainer,
-    rows: PackedRows,
     data: TokenizedData,
     split: str,
     recipe: Recipe,

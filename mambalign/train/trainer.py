@@ -97,7 +97,8 @@ def target_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         target_ids=batch.target_ids,
         use_cache=False,
     )
-    return output.logps  # type: ignore[no-any-return]
+    logps: Tensor = output.logps
+    return logps
 
 
 class PackedTrainer(Trainer):
@@ -130,15 +131,15 @@ class PackedTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,  # type: ignore[arg-type]
-            train_dataset=train_rows,  # type: ignore[arg-type]
-            eval_dataset=eval_rows,  # type: ignore[arg-type]
+            data_collator=collator,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=[MetricsFile()],
         )
         self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
         self._sums: dict[str, float | Tensor] = {}
-        self._totals = {"items": 0, "tokens": 0, "steps": 0, "tokens_seen": 0, "prompt_tokens_saved": 0}
+        self._totals = {"items": 0, "tokens": 0, "tokens_seen": 0, "prompt_tokens_saved": 0}
         self._clock: float | None = None  # set by the first step: loading is not training
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._parameters = sum(p.numel() for p in model.parameters())
@@ -223,7 +224,7 @@ class PackedTrainer(Trainer):
                 for name, value in part.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
                 items += self.objective.items(batch)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self.control: Any = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{name}": float(value) / max(items, 1) for name, value in sums.items()}
         if isinstance(self.objective, SequenceObjective):
             metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(metrics[f"{metric_key_prefix}_loss"], 700.0))
@@ -248,6 +249,10 @@ class PackedTrainer(Trainer):
             logs = logs | {name: float(value) / items for name, value in self._sums.items()}
             logs["tokens_per_second"] = self._totals["tokens"] / max(time.perf_counter() - (self._clock or 0.0), 1e-9)
             logs["num_tokens"] = self._totals["tokens_seen"]
+            if isinstance(self.objective, SequenceObjective):
+                logs["packing_fill"] = self.train_dataset.fill
+            else:
+                logs["prompt_tokens_saved"] = self._totals["prompt_tokens_saved"]
             self._sums = {}
             self._totals |= {"items": 0, "tokens": 0}
             self._clock = time.perf_counter()
@@ -264,7 +269,7 @@ class PackedTrainer(Trainer):
         staging = run / checkpoints.STAGING
         name = f"checkpoint-{self.state.global_step}"
         shutil.rmtree(staging, ignore_errors=True)
-        self._staging = str(staging)
+        self._staging: str | None = str(staging)
         try:
             super()._save_checkpoint(model, trial)
             self._save_accumulators(staging / name)

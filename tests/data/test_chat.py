@@ -252,7 +252,8 @@ def test_unmarked_template_of_known_text_names_the_remedy(plain_tokenizer: Any) 
     turns = "".join(turn.format(role) for role in ("user", "system", "assistant"))
     prompt = "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
     handbook = "{% for m in messages %}\n" + turns + prompt + "{% endfor %}"
-    chat.apply_template(plain_tokenizer, handbook)
+    plain_tokenizer.chat_template = handbook  # the tokenizer's own: nobody asked for another
+    chat.apply_template(plain_tokenizer, None)
     with pytest.raises(UserError, match="chat_template: zephyr renders the same text and has the marks"):
         chat.check_template(plain_tokenizer)
 
@@ -286,3 +287,21 @@ def test_on_the_neox_tokenizer(shared_data: Path, turns: Callable[..., Any]) -> 
             ids, mask = chat.encode_messages(tokenizer, messages)
             assert trained_text(tokenizer, ids, mask) == 2 * (content + tokenizer.eos_token)
     assert tokenizer.eos_token_id >= 50277, "ChatML's tokens fall into the padded rows of the vocabulary"
+
+
+def test_a_template_written_out_without_marks_is_recognised(tokenizer: Any) -> None:
+    """The handbook's recipes spell zephyr out in Jinja; they must train, not only load."""
+    inline = (
+        "{% for turn in messages %}\n{% if turn.role == 'user' %}\n{{ '<|user|>\n' + turn.content + eos_token }}\n"
+        "{% elif turn.role == 'system' %}\n{{ '<|system|>\n' + turn.content + eos_token }}\n"
+        "{% elif turn.role == 'assistant' %}\n{{ '<|assistant|>\n'  + turn.content + eos_token }}\n{% endif %}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    )
+    chat.apply_template(tokenizer, inline)
+    assert tokenizer.chat_template == chat.TEMPLATES["zephyr"]
+    chat.check_template(tokenizer)
+    other = inline.replace("<|user|>", "<|human|>")
+    chat.apply_template(tokenizer, other)
+    assert tokenizer.chat_template == other
+    with pytest.raises(UserError, match="generation"):
+        chat.check_template(tokenizer)
