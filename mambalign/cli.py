@@ -191,6 +191,22 @@ def check(
 
 
 @app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Picture to write, .svg or .png.")] = Path("curves.svg"),
+    debug: Debug = False,
+) -> None:
+    """Draw the curves of runs, finished or not: loss, rewards, accuracy, tokens per second.
+
+    Example: [bold]mambalign plot runs/sft runs/dpo --out curves.png[/]
+    """
+    with _user_errors(debug):
+        from mambalign.train.curves import draw
+
+        print(draw(runs, out))
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder or hub id, in either layout.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],

@@ -51,7 +51,7 @@ class Settings:
     seed: int = 0
     texts: int = 2000
     chats: int = 18000
-    preferences: int = 1200
+    preferences: int = 1500
     test_rows: int = 100
     per_task: int = 40
     hidden_size: int = 128
@@ -298,7 +298,10 @@ def summarise(
         "targets": [
             {"text": "SFT answers at least 50 points more right than the base model", "met": gain >= 0.5},
             {"text": "DPO is kind at least 20 points more often than SFT", "met": kind.value >= 0.2},
-            {"text": "DPO loses no more than 2 points of right answers", "met": right.value >= -0.02},
+            {
+                "text": "DPO keeps the right answers: it loses at most 2 points, or no more than the noise",
+                "met": right.value >= -0.02 or right.high >= 0,
+            },
         ],
         "models": [evaluation.to_dict() for evaluation in evaluations],
         "examples": {task: problems[at].prompt for task, at in shown.items()},

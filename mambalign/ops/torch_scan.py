@@ -118,11 +118,20 @@ class _Workspace:
         steps = max((tile.index.numel() for group in groups for tile in group.tiles), default=0)
         self._flat = like.new_empty(3, steps * like.numel())
         self._state = like.shape
+        self._steps: dict[tuple[int, torch.Size], tuple[Tensor, ...]] = {}
 
     def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
         number, tile = key
         shape = (*tile.index.shape, *self._state)
         return self._flat[number][: tile.index.numel() * self._state.numel()].view(shape)
+
+
+    def steps(self, number: int, tile: Tile) -> tuple[Tensor, ...]:
+        """Buffer `number` as one view a step, made once for all tiles of a shape: a view costs a third of its step."""
+        key = (number, tile.index.shape)
+        if key not in self._steps:
+            self._steps[key] = self[number, tile].unbind(0)
+        return self._steps[key]
 
 
 def _states(
@@ -133,7 +142,7 @@ def _states(
     # exp2 of a scaled A: a third cheaper than exp, and exponentials are the largest single cost here.
     torch.mul(dt[:, :, None, :], A * LOG2_E, out=decay).exp2_()
     torch.mul(B[..., None], du[:, :, None, :], out=states)
-    for a, h in zip(decay.unbind(0), states.unbind(0), strict=True):
+    for a, h in zip(workspace.steps(0, tile), workspace.steps(1, tile), strict=True):
         state = h.addcmul_(a, state)
     return decay, states
 
@@ -278,7 +287,7 @@ def _scan_backward(
             _scatter(d_C, _over_channels(states, d_ys), tile)
             d_h = workspace[2, tile]
             torch.mul(_rows(C, tile)[..., None], d_ys[:, :, None, :], out=d_h)
-            carry[:lanes] = _reverse(decay, d_h, carry[:lanes])
+            carry[:lanes] = _reverse(workspace.steps(0, tile), workspace.steps(2, tile), carry[:lanes])
             _scatter(d_du, (Bs[:, :, None, :] @ d_h)[:, :, 0], tile)
             _scatter(d_B, _over_channels(d_h, dus), tile)
             # d/d(dt A) of exp(dt A) h_before is decay * h_before * d_h.
@@ -301,10 +310,10 @@ def _over_channels(x: Tensor, row: Tensor) -> Tensor:
     return torch.matmul(row[:, :, None, :], x.transpose(2, 3))[:, :, 0]
 
 
-def _reverse(decay: Tensor, d_h: Tensor, carry: Tensor) -> Tensor:
+def _reverse(decay: tuple[Tensor, ...], d_h: tuple[Tensor, ...], carry: Tensor) -> Tensor:
     """Turn `d_h` (each step's own gradient) into the full one, last step first; returns that of the state before."""
     above = None
-    for a, d in zip(reversed(decay.unbind(0)), reversed(d_h.unbind(0)), strict=True):
+    for a, d in zip(reversed(decay), reversed(d_h), strict=True):
         if above is None:
             d.add_(carry)
         else:

@@ -39,7 +39,7 @@ def write(
 
 # {recipe.run_name or folder.name}
 
-Made from `{facts["model"]}`{parent} by {STAGES[stage]} with [mambalign](https://pypi.org/project/mambalign): {objective}.
+Made from `{facts["model"]}`{parent} by {STAGES[stage]} with mambalign: {objective}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,6 +61,8 @@ model = AutoModelForCausalLM.from_pretrained("{recipe.hub_model_id or folder}")
 {_table(data.report)}
 
 ## Metrics
+
+![Curves of the run](curves.svg)
 
 {_metrics(lines)}
 

@@ -1,7 +1,7 @@
 """A run: from a recipe to a folder that holds everything about it. Running the same recipe again resumes it.
 
 The folder: `recipe.yaml` (frozen), `environment.json`, `data.json` (what was read, cut and skipped), `metrics.jsonl`,
-`checkpoint-*/`, `reference/` (DPO), `run.json` (status, lineage, final metrics), and at the end the model, its tokenizer
+`checkpoint-*/`, `reference/` (DPO), `curves.svg`, `run.json` (status, lineage, final metrics), and at the end the model, its tokenizer
 and its card, loadable by plain transformers.
 """
 
@@ -30,7 +30,7 @@ from mambalign.data.mixer import TokenizedData, load_mix, tokenize_preferences, 
 from mambalign.data.packing import Collator, PackedRows
 from mambalign.models.checkpoint import add_tokens, load_model, load_tokenizer, save_model
 from mambalign.recipe import Recipe, UserError
-from mambalign.train import card, checkpoint
+from mambalign.train import card, checkpoint, curves
 from mambalign.train.objectives import PreferenceOptions
 from mambalign.train.reference import cache_key, reference_logps, weights_fingerprint
 from mambalign.train.trainer import METRICS, PackedTrainer, PreferenceObjective, SequenceObjective, read_metrics
@@ -197,6 +197,8 @@ def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any
     summary = (lines[-1] if lines else {}) | metrics
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     save_model(model, folder, tokenizer=tokenizer, overwrite=True)
+    if lines:
+        curves.draw([folder], folder / curves.CURVES)
     trainer.create_model_card()
     state = _read_json(folder / RUN) | {
         "status": "finished",
