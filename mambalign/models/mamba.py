@@ -58,9 +58,10 @@ class RMSNorm(hf_mamba.MambaRMSNorm):
 
 
 class PackedMixer:
-    """The forward pass both families share; mixed into their transformers mixer classes."""
+    """Convolution, projections and scan on packed tokens; mixed into both families' transformers mixer classes."""
 
-    def _make_packed(self: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.backend = "auto"
         bare = StepSizeProjection(self.time_step_rank, self.intermediate_size, device="meta")
         bare.weight, bare.bias = self.dt_proj.weight, self.dt_proj.bias
@@ -130,55 +131,42 @@ class PackedMixer:
 
 
 class MambaMixer(PackedMixer, hf_mamba.MambaMixer):
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._make_packed()
+    pass
 
 
 class FalconMambaMixer(PackedMixer, hf_falcon.FalconMambaMixer):
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._make_packed()
-
     def normalise(self, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         delta, B, C = (_rms_norm(x, self.rms_eps).to(x.dtype) for x in (delta, B, C))
         return delta, B, C
 
 
-def _block_forward(
-    block: Any, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None
-) -> Tensor:
+class PackedBlock:
     """Pre-norm residual block; the residual stream stays fp32 where the config says so, and the norm sees it so."""
-    residual = hidden_states.float() if block.residual_in_fp32 and hidden_states.dtype.itemsize < 4 else hidden_states
-    normed = block.norm(hidden_states).to(block.norm.weight.dtype)
-    mixed: Tensor = block.mixer(normed, cache_params=cache_params, segments=segments)
-    return residual + mixed
 
+    mixer_class: type[Any]
 
-class MambaBlock(hf_mamba.MambaBlock):
-    def __init__(self, config: Any, layer_idx: int):
+    def __init__(self: Any, config: Any, layer_idx: int):
         nn.Module.__init__(self)
         self.config, self.layer_idx, self.residual_in_fp32 = config, layer_idx, config.residual_in_fp32
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = MambaMixer(config, layer_idx=layer_idx, initialize_mixer_weights=False)
+        self.mixer = self.mixer_class(config, layer_idx=layer_idx, initialize_mixer_weights=False)
 
     def forward(
-        self, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
+        self: Any, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
     ) -> Tensor:
-        return _block_forward(self, hidden_states, cache_params, segments)
+        narrow = self.residual_in_fp32 and hidden_states.dtype.itemsize < 4
+        residual = hidden_states.float() if narrow else hidden_states
+        normed = self.norm(hidden_states).to(self.norm.weight.dtype)
+        mixed: Tensor = self.mixer(normed, cache_params=cache_params, segments=segments)
+        return residual + mixed
 
 
-class FalconMambaBlock(hf_falcon.FalconMambaBlock):
-    def __init__(self, config: Any, layer_idx: int):
-        nn.Module.__init__(self)
-        self.config, self.layer_idx, self.residual_in_fp32 = config, layer_idx, config.residual_in_fp32
-        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = FalconMambaMixer(config, layer_idx=layer_idx, initialize_mixer_weights=False)
+class MambaBlock(PackedBlock, hf_mamba.MambaBlock):
+    mixer_class = MambaMixer
 
-    def forward(
-        self, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
-    ) -> Tensor:
-        return _block_forward(self, hidden_states, cache_params, segments)
+
+class FalconMambaBlock(PackedBlock, hf_falcon.FalconMambaBlock):
+    mixer_class = FalconMambaMixer
 
 
 @lru_cache(maxsize=16)
@@ -204,7 +192,20 @@ def _unpad(attention_mask: Tensor | None, rows: int, length: int) -> tuple[Segme
 
 
 class PackedModel:
-    """The backbone's forward pass; mixed into both families' transformers model classes."""
+    """The backbone; mixed into both families' transformers model classes."""
+
+    _keep_in_fp32_modules_strict = FP32_PATTERNS
+    pretrained_class: type[Any]
+    block_class: type[Any]
+
+    def __init__(self: Any, config: Any):
+        # Past transformers' own constructor, which would build (and initialise) every layer a second time.
+        self.pretrained_class.__init__(self, config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([self.block_class(config, layer_idx=i) for i in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.post_init()
 
     def forward(
         self: Any,
@@ -263,32 +264,26 @@ class PackedModel:
 
 
 class MambaModel(PackedModel, hf_mamba.MambaModel):
-    _keep_in_fp32_modules_strict = FP32_PATTERNS
-
-    def __init__(self, config: Any):
-        # Past transformers' own constructor, which would build (and initialise) every layer a second time.
-        super(hf_mamba.MambaModel, self).__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([MambaBlock(config, layer_idx=i) for i in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
-        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.post_init()
+    pretrained_class, block_class = hf_mamba.MambaPreTrainedModel, MambaBlock
 
 
 class FalconMambaModel(PackedModel, hf_falcon.FalconMambaModel):
-    _keep_in_fp32_modules_strict = FP32_PATTERNS
-
-    def __init__(self, config: Any):
-        super(hf_falcon.FalconMambaModel, self).__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([FalconMambaBlock(config, layer_idx=i) for i in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
-        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.post_init()
+    pretrained_class, block_class = hf_falcon.FalconMambaPreTrainedModel, FalconMambaBlock
 
 
 class PackedCausalLM:
-    """The head's forward pass; mixed into both families' transformers classes."""
+    """The language model; mixed into both families' transformers classes."""
+
+    _keep_in_fp32_modules_strict = FP32_PATTERNS
+    pretrained_class: type[Any]
+    backbone_class: type[Any]
+
+    def __init__(self: Any, config: Any):
+        self.pretrained_class.__init__(self, config)
+        self.backbone = self.backbone_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.backend = "auto"
+        self.post_init()
 
     def set_backend(self: Any, backend: str) -> None:
         """Use `backend` ("auto" or a name) for the convolution, the scan and the log-probs."""
@@ -341,7 +336,7 @@ class PackedCausalLM:
             target_positions, target_ids = _targets_of(labels[0], segments)
         if target_positions is not None and target_ids is not None:
             predicting = take_rows(hidden.flatten(0, 1), target_positions)
-            logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=getattr(self, "backend", "auto"))
+            logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=self.backend)
             loss = None if labels is None else -logps.mean()
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -369,25 +364,13 @@ def _targets_of(labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
 class MambaForCausalLM(PackedCausalLM, hf_mamba.MambaForCausalLM):
     """transformers' `MambaForCausalLM`, exact on packed, forked and padded input."""
 
-    _keep_in_fp32_modules_strict = FP32_PATTERNS
-
-    def __init__(self, config: Any):
-        super(hf_mamba.MambaForCausalLM, self).__init__(config)
-        self.backbone = MambaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    pretrained_class, backbone_class = hf_mamba.MambaPreTrainedModel, MambaModel
 
 
 class FalconMambaForCausalLM(PackedCausalLM, hf_falcon.FalconMambaForCausalLM):
     """transformers' `FalconMambaForCausalLM`, exact on packed, forked and padded input."""
 
-    _keep_in_fp32_modules_strict = FP32_PATTERNS
-
-    def __init__(self, config: Any):
-        super(hf_falcon.FalconMambaForCausalLM, self).__init__(config)
-        self.backbone = FalconMambaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    pretrained_class, backbone_class = hf_falcon.FalconMambaPreTrainedModel, FalconMambaModel
 
 
 FAMILIES: dict[str, type[Any]] = {"mamba": MambaForCausalLM, "falcon_mamba": FalconMambaForCausalLM}

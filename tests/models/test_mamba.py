@@ -274,11 +274,21 @@ def test_gradient_checkpointing_changes_nothing(both: tuple[Any, Any], reentrant
     segments = Segments.from_lengths(*TREES["pair"])
     ids = torch.randint(2, V, (segments.num_tokens,))
     plain = gradients_of(model, packed_loss_and_logits(model, ids, segments)[0])
+    kept = bytes_kept(model, ids, segments)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     again = gradients_of(model, packed_loss_and_logits(model, ids, segments)[0])
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert bytes_kept(model, ids, segments) < 0.7 * kept  # it was on
+
+
+def bytes_kept(model: Any, ids: Tensor, segments: Segments) -> int:
+    """What autograd keeps between the forward and the backward pass."""
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        packed_loss_and_logits(model, ids, segments)
+    return sum(kept)
 
 
 def test_the_mixer_calls_its_projections(both: tuple[Any, Any]) -> None:
