@@ -4,6 +4,7 @@ VENV      ?= .venv
 DEMO_DIR  ?= demo-run
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 WORKERS   ?= 2
 PIP_FLAGS ?=
 

@@ -215,6 +215,7 @@ def recipes(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
             warmup_steps=5,
             beta=0.1,
             rpo_alpha=1.0,
+            logging_steps=5,
             per_device_train_batch_size=16,
         ),
     }
@@ -288,8 +289,8 @@ def summarise(
         "headline": f"SFT taught it to answer: {percent(sft.correct().value)} right. DPO taught it to be kind: "
         f"{percent(sft.kind().value)} became {percent(dpo.kind().value)}.",
         "summary": SUMMARY,
-        "model_line": f"{parameters:,} parameters: {settings.layers} Mamba-1 layers of width {settings.hidden_size}, "
-        f"state {settings.state_size}. Every stage packs its data without padding and without a leak between examples.",
+        "model_line": f"{parameters:,} parameters; Mamba-1, layers: {settings.layers}, width: {settings.hidden_size}, "
+        f"state: {settings.state_size}. Every stage packs without padding and without a leak between examples.",
         "tiles": [
             {"value": f"+{100 * gain:.0f} points", "label": "right answers, SFT over base"},
             {"value": f"{100 * kind.value:+.0f} points", "label": f"kind replies, DPO over SFT ({_interval(kind)})"},
@@ -359,7 +360,8 @@ def stage_facts(folder: Path, stage: str) -> dict[str, str]:
 def show(results: dict[str, Any], console: Console) -> None:
     """The table and the sample conversation, on the terminal."""
     total = results["models"][0]["correct"]["total"]
-    table = Table(title=f"{total} held-out questions, greedy replies, 95 % intervals", title_justify="left")
+    console.print(f"{total} held-out questions, greedy replies, 95 % intervals", soft_wrap=True)
+    table = Table()
     for column in ("", "right", "kind closing"):
         table.add_column(column)
     for model in results["models"]:
@@ -370,8 +372,9 @@ def show(results: dict[str, Any], console: Console) -> None:
         table.add_row(model["title"], *cells)
     console.print(table)
     for target in results["targets"]:
-        console.print(f"  {'[green]met[/]    ' if target['met'] else '[red]not met[/]'} {target['text']}")
+        verdict = "[green]met[/]    " if target["met"] else "[red]not met[/]"
+        console.print(f"  {verdict} {target['text']}", soft_wrap=True)
     console.print("\n[bold]A conversation with the aligned model[/]")
     for message in results["conversation"]:
         colour = "blue" if message["role"] == "user" else "green"
-        console.print(f"  [{colour}]{message['role']:>9}[/]  {message['content']}", highlight=False)
+        console.print(f"  [{colour}]{message['role']:>9}[/]  {message['content']}", highlight=False, soft_wrap=True)

@@ -107,7 +107,7 @@ def figures(metrics: dict[str, Metrics]) -> list[dict[str, Any]]:
         (
             "dpo",
             "DPO loss",
-            "sigmoid loss per pair; ln 2 before training",
+            "per pair: sigmoid, plus rpo_alpha times the chosen reply's cross-entropy",
             [("training", DPO, "loss"), ("held-out", INK, "eval_loss")],
         ),
         (
