@@ -30,14 +30,15 @@ demo: $(BASE)  ## pre-train, SFT, DPO and compare a small Mamba from scratch; wr
 test: $(DEV)  ## run the tests (TEST_ARGS="-k packing" to choose)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=15 $(TEST_ARGS)
 
-lint: $(DEV)  ## ruff: rules and formatting of imports
+lint: $(DEV)  ## ruff: rules and format (`ruff check --fix . && ruff format .` mends)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 type: $(DEV)  ## mypy over the package
 	$(BIN)/mypy
 
 bench: $(DEV)  ## forward+backward tokens/s, transformers' CPU path and ours side by side
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
 docs: $(DEV)  ## run the examples in the docstrings, check the links in the documents
 	$(BIN)/python -m pytest -q --doctest-modules mambalign tests/test_docs.py

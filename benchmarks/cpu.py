@@ -1,8 +1,8 @@
 """Forward + backward tokens/s on a CPU: transformers' Mamba beside ours, in turn, in one run (`make bench`).
 
-A model of 8 layers of width 256 without its head, the same weights in both. Correctness comes first: no number is printed
-unless outputs and every gradient agree. Each of transformers' measurements is a process of its own under a time cap,
-since its backward pass is quadratic in the length and at 2,048 tokens does not end in reasonable time.
+A model of 8 layers of width 256 without its head, the same weights in both. Correctness comes first: no number is
+printed unless outputs and every gradient agree. Each of transformers' measurements is a process of its own under a time
+cap, since its backward pass is quadratic in the length and at 2,048 tokens does not end in reasonable time.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def main() -> None:
     by_length = {row["tokens"]: row["mambalign"] for row in rows}
     print(f"\ntime per token at 2,048 over 512: {by_length[512] / by_length[2048]:.2f}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"torch": torch.__version__, "threads": options.threads, "rows": rows}, indent=2) + "\n")
+    options.json.write_text(
+        json.dumps({"torch": torch.__version__, "threads": options.threads, "rows": rows}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The command line. Each verb is a few lines over one library function, which is imported when the verb runs.
 
-Exit codes: 0 done; 1 a crash (a traceback says where) or a diverged loss; 2 something the user wrote (one sentence says what);
-85 stopped by a signal after a checkpoint, run it again; 130 interrupted from the keyboard.
+Exit codes: 0 done; 1 a crash (a traceback says where) or a diverged loss; 2 something the user wrote (one sentence says
+what); 85 stopped by a signal after a checkpoint, run it again; 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -258,6 +258,9 @@ def demo(
         "demo-run"
     ),
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few seconds a stage, to see that it runs; proves no more.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Pre-train, fine-tune and align a small Mamba from scratch, in minutes on a CPU, and compare the three.
@@ -270,7 +273,7 @@ def demo(
     with _user_errors(debug, interrupted="; run the same command again"):
         from mambalign.demo.main import run_demo
 
-        run_demo(output_dir, seed=seed)
+        run_demo(output_dir, seed=seed, quick=quick)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import mambalign
 from mambalign.cli import app
 
-VERBS = ["cpt", "sft", "dpo", "check", "convert", "doctor", "demo"]
+VERBS = ["cpt", "sft", "dpo", "check", "plot", "convert", "doctor", "demo"]
 
 
 def run(*words: str) -> Any:

@@ -239,9 +239,7 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
     return round(len(packed) * scale)
 
 
-def _data_warnings(
-    report: CheckReport, recipe: Recipe, kind: str, key: str, looked_at: int, tokenized: Any
-) -> None:
+def _data_warnings(report: CheckReport, recipe: Recipe, kind: str, key: str, looked_at: int, tokenized: Any) -> None:
     counts: dict[str, int | float] = tokenized.report
     section = report.sections[kind]
     trained, tokens = counts.get("trained_tokens", 0), counts.get("tokens", 0)
@@ -249,14 +247,12 @@ def _data_warnings(
         section["trained_share"] = round(trained / tokens, 4)
     if not trained:
         report.fail(key, f"no token of the {kind} rows would be trained on")
-    truncated = counts.get("truncated", 0)
-    if truncated > looked_at / 2:
-        report.warn(
-            "max_length",
-            f"{recipe.max_length} is below the {kind} data's median: {truncated / looked_at:.0%} of it is truncated",
-        )
-    elif truncated > looked_at / 10:
-        report.warn("max_length", f"{truncated / looked_at:.0%} of the {kind} rows are cut to {recipe.max_length}")
+    too_long = sum(counts.get(name, 0) for name in ("truncated", "skipped/truncated_away", "skipped/too_long"))
+    share = f"{too_long / looked_at:.0%} of the {kind} rows are longer"
+    if too_long > looked_at / 2:
+        report.warn("max_length", f"{recipe.max_length} is below the {kind} data's median: {share} and lose their rest")
+    elif too_long > looked_at / 10:
+        report.warn("max_length", f"{share} than {recipe.max_length} and lose their rest")
     skipped = counts.get("skipped", 0)
     if skipped:
         report.warn(key, f"{skipped} of {looked_at} {kind} rows would be skipped: {_reasons(tokenized)}")

@@ -137,6 +137,8 @@ class PairTokenizer:
             if not prompt:  # nothing predicts the first token
                 sides[f"{name}_mask"][0] = 0
         problem = "" if any(sides["chosen_mask"]) and any(sides["rejected_mask"]) else "nothing_trained"
+        if problem and row.lost:
+            problem = "truncated_away"
         if sides["chosen_ids"] == sides["rejected_ids"]:
             problem = "chosen_equals_rejected"
         if problem:

@@ -27,7 +27,8 @@ SKIPS = {
     "chosen_equals_rejected": "nothing to prefer, before or after truncation",
     "empty_completion": "one completion is only the beginning of the other",
     "too_long": "over the budget, and truncation is drop",
-    "nothing_trained": "no trained token, or none left after truncation",
+    "truncated_away": "over max_length, and no trained token is left of it",
+    "nothing_trained": "no trained token",
 }
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the code below: part of the cache key, raise it when the output changes
+_VERSION = 2  # of the code below: part of the cache key, raise it when the output changes
 IDS = datasets.List(datasets.Value("int32"))
 MASK = datasets.List(datasets.Value("int8"))
 _ACCOUNT = {
@@ -169,7 +169,8 @@ class SequenceTokenizer:
             assert isinstance(trained, list)
             trained[:1] = [0] * len(trained[:1])  # nothing predicts the first token
             if not piece.reason and not any(trained):
-                piece.reason, piece.lost = "nothing_trained", len(ids) if piece.lost else 0
+                piece.reason = "truncated_away" if piece.lost else "nothing_trained"
+                piece.lost = len(ids) if piece.lost else 0
         return rows
 
 

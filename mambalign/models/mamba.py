@@ -219,7 +219,7 @@ class PackedModel:
         segments: Segments | None = None,
         **_: Any,
     ) -> tuple[Any, ...] | MambaOutput:
-        """Padded `[B, L]` with an optional mask (either side), or packed `[1, T]` with `segments`. Pads come out as 0."""
+        """Padded `[B, L]` with an optional mask (either side), or packed `[1, T]` with `segments`. Pads come out 0."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         output_hidden_states = (
@@ -314,8 +314,8 @@ class PackedCausalLM:
             attention_mask: `[B, L]`, pads on either side; with a continued cache its last L columns count.
             labels: shape of input_ids, -100 ignored; shifted along each token's own path, never across sequences.
             segments: boundaries and forks of a packed row.
-            target_positions, target_ids: int64 `[M]`: the flat row (into `[B * L]`) whose hidden state predicts, and what.
-                Only these rows meet the head, and no logits are returned.
+            target_positions, target_ids: int64 `[M]`: the flat row (into `[B * L]`) whose hidden state predicts, and
+                what. Only these rows meet the head, and no logits are returned.
 
         Returns:
             `CausalLMOutput` with `logits` fp32 `[B, L, V]`, or with `logps` fp32 `[M]` where targets are given.

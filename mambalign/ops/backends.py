@@ -33,7 +33,7 @@ def _say_once(op: str, name: str, reason: str) -> None:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates an autograd Function's forward or backward: its matrix products are accumulations and keep their dtype."""
+    """Decorates an autograd Function's forward or backward: its matrix products accumulate and keep their dtype."""
 
     @wraps(function)
     def wrapped(*args: Any) -> Any:

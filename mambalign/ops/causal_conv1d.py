@@ -29,21 +29,22 @@ def causal_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`y[t] = activation(bias + sum_j weight[:, j] x[t - (W - 1) + j])`, each token seeing only its own path.
 
-    The convolution of Mamba's block (arXiv 2312.00752, section 3.4). The window crosses forks: the first tokens of a child see the last
-    inputs of its parent, of the grandparent too where the parent is shorter than W - 1, and before a root its initial window or
-    zeros.
+    The convolution of Mamba's block (arXiv 2312.00752, section 3.4). The window crosses forks: the first tokens of a
+    child see the last inputs of its parent, of the grandparent too where the parent is shorter than W - 1, and before a
+    root its initial window or zeros.
 
     Args:
         x: `[T, D]`, bf16, fp16, fp32 or fp64. weight: `[D, W]`. bias: `[D]` or None.
         activation: None or "silu".
         segments: boundaries and forks; None means one sequence.
-        initial_state: `[S, D, W - 1]` inputs before each root, oldest first; rows of children are ignored (zero gradient).
+        initial_state: `[S, D, W - 1]` inputs before each root, oldest first; rows of children are ignored (zero
+            gradient).
         output_final_state: also return the last W - 1 inputs of every segment's path.
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
 
     Returns:
-        y `[T, D]` in x's dtype, and if asked final_state `[S, D, W - 1]` in x's dtype. Accumulation is fp32 (fp64 for fp64
-        inputs). Gradients flow to every tensor argument, also through `final_state` and across forks.
+        y `[T, D]` in x's dtype, and if asked final_state `[S, D, W - 1]` in x's dtype. Accumulation is fp32 (fp64 for
+        fp64 inputs). Gradients flow to every tensor argument, also through `final_state` and across forks.
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit, or an unknown activation.

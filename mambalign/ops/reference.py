@@ -44,10 +44,8 @@ def selective_scan(
     finals: list[Tensor] = []
     for segment, parent in enumerate(segments.parent.tolist()):
         start, end = segments.cu_seqlens[segment : segment + 2].tolist()
-        if parent >= 0:
-            state = finals[parent]
-        else:
-            state = zero if initial_state is None else initial_state[segment].to(dtype)
+        root = zero if initial_state is None else initial_state[segment].to(dtype)
+        state = finals[parent] if parent >= 0 else root
         for t in range(start, end):
             decay = torch.exp(delta[t, :, None] * A)
             state = decay * state + (delta[t] * u[t])[:, None] * B[t][None, :]

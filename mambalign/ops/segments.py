@@ -3,7 +3,8 @@
 Tokens of many sequences lie end to end in one `[T, ...]` tensor. Segment `s` covers tokens
 `cu_seqlens[s]:cu_seqlens[s + 1]` and either starts a sequence (`parent[s] == -1`, a root) or continues segment
 `parent[s]` from its *final* convolution window and state. So a padded batch is equal roots, a packed row is many
-roots, a preference pair is prompt, chosen and rejected with `parent = [-1, 0, 0]`, and a tree of turns is a deeper tree.
+roots, a preference pair is prompt, chosen and rejected with `parent = [-1, 0, 0]`, and a tree of turns is a deeper
+tree.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Segments:
             is then the state it started from.
         parent: int64 `[S]`, `-1` for a root, else the index of an *earlier* segment. `None` means all roots.
 
-    The structure lives on the CPU, whatever device the packed tensors are on, because it decides shapes and loop bounds;
-    index tensors made from it are moved once per device and kept (`on`).
+    The structure lives on the CPU, whatever device the packed tensors are on, because it decides shapes and loop
+    bounds; index tensors made from it are moved once per device and kept (`on`).
 
     Example:
         >>> pair = Segments.from_lengths([5, 3, 4], parent=[-1, 0, 0])  # prompt, chosen, rejected
@@ -36,7 +37,9 @@ class Segments:
         self.cu_seqlens = torch.as_tensor(cu_seqlens, dtype=torch.int64, device="cpu")
         count = self.cu_seqlens.numel() - 1
         if self.cu_seqlens.dim() != 1 or count < 0:
-            raise ValueError(f"cu_seqlens must be one-dimensional with at least one entry, got {list(cu_seqlens.shape)}")
+            raise ValueError(
+                f"cu_seqlens must be one-dimensional with at least one entry, got {list(cu_seqlens.shape)}"
+            )
         if parent is None:
             parent = torch.full((count,), -1)
         self.parent = torch.as_tensor(parent, dtype=torch.int64, device="cpu")
@@ -71,7 +74,7 @@ class Segments:
 
     @cached_property
     def levels(self) -> list[list[int]]:
-        """Segments by depth in the tree: level 0 holds the roots; a level needs only the final states of earlier ones."""
+        """Segments by depth in the tree: level 0 holds the roots; a level needs only final states of earlier ones."""
         depth: list[int] = []
         for parent in self.parent.tolist():
             depth.append(0 if parent < 0 else depth[parent] + 1)
@@ -120,7 +123,7 @@ class Segments:
         return self._step_back(self._previous, width)
 
     def final_windows(self, width: int) -> Tensor:
-        """int64 `[S, width]`: the last `width` inputs along the path that ends with segment s; entries as in `windows`."""
+        """int64 `[S, width]`: the last `width` inputs along the path ending with segment s; entries as in `windows`."""
         return self._step_back(self.last_token, width)
 
     def _step_back(self, position: Tensor, width: int) -> Tensor:

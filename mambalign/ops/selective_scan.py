@@ -34,9 +34,9 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]`, `y[t] = C[t] h[t] + D u[t]`, times `silu(z[t])` if given.
 
-    Equations (2a, 2b) of Mamba (arXiv 2312.00752) with the discretisation of its section 3.2, on packed tokens: `h[t-1]` is the
-    state before t *along t's own path* (see `Segments`), so nothing leaks between sequences and children continue from
-    their parent's last state.
+    Equations (2a, 2b) of Mamba (arXiv 2312.00752) with the discretisation of its section 3.2, on packed tokens:
+    `h[t-1]` is the state before t *along t's own path* (see `Segments`), so nothing leaks between sequences and
+    children continue from their parent's last state.
 
     Args:
         u: `[T, D]` inputs, bf16, fp16, fp32 or fp64.
@@ -48,8 +48,8 @@ def selective_scan(
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
 
     Returns:
-        y `[T, D]` in u's dtype, and if asked final_state `[S, D, N]` in fp32 (fp64 for fp64 inputs). Sums and states are
-        fp32 (fp64) inside. Gradients flow to every tensor argument, also through `final_state` and across forks.
+        y `[T, D]` in u's dtype, and if asked final_state `[S, D, N]` in fp32 (fp64 for fp64 inputs). Sums and states
+        are fp32 (fp64) inside. Gradients flow to every tensor argument, also through `final_state` and across forks.
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit, naming the argument.

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens straight from hidden states: neither logits nor their gradient of size [T, V] exist."""
+"""Log-probabilities of given tokens straight from hidden states: no logits and no gradient of size [T, V] exist."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Causal convolution in plain PyTorch, any device: shifted slices inside segments, a gather for the few tokens near a start.
+"""Causal convolution in plain PyTorch, any device: shifted slices inside segments, a gather for tokens near a start.
 
-The tap at distance j contributes a contiguous shifted product for every token that lies at least j deep in its segment. The
-others (at most W - 1 per segment) look up their input along the path: in the parent's tail, further up, or in the
+The tap at distance j contributes a contiguous shifted product for every token that lies at least j deep in its segment.
+The others (at most W - 1 per segment) look up their input along the path: in the parent's tail, further up, or in the
 initial window. The backward pass mirrors it and keeps nothing but the inputs.
 """
 
@@ -21,7 +21,7 @@ from mambalign.ops.segments import Segments
 
 @dataclass
 class Tap:
-    """Distance j: `inside [T - j, 1]` says where the shifted slice is right; `tokens` read `source` instead elsewhere."""
+    """Distance j: `inside [T - j, 1]` says where the shifted slice is right; elsewhere `tokens` read `source`."""
 
     distance: int
     inside: Tensor | None

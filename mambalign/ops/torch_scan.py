@@ -112,7 +112,7 @@ def _scatter(out: Tensor, value: Tensor, tile: Tile) -> None:
 
 
 class _Workspace:
-    """Three `[K, lanes, N, D]` buffers like `[N, D]`, allocated once a call: fresh pages cost as much as the arithmetic."""
+    """Three `[K, lanes, N, D]` buffers like `[N, D]`, allocated once a call: fresh pages cost as much as arithmetic."""
 
     def __init__(self, groups: list[Group], like: Tensor):
         steps = max((tile.index.numel() for group in groups for tile in group.tiles), default=0)
@@ -124,7 +124,6 @@ class _Workspace:
         number, tile = key
         shape = (*tile.index.shape, *self._state)
         return self._flat[number][: tile.index.numel() * self._state.numel()].view(shape)
-
 
     def steps(self, number: int, tile: Tile) -> tuple[Tensor, ...]:
         """Buffer `number` as one view a step, made once for all tiles of a shape: a view costs a third of its step."""
@@ -306,7 +305,7 @@ def _scan_backward(
 
 
 def _over_channels(x: Tensor, row: Tensor) -> Tensor:
-    """`[K, lanes, N, D]`, `[K, lanes, D]` -> `[K, lanes, N]`. As row times transpose: 8x faster than matrix times column."""
+    """`[K, lanes, N, D]`, `[K, lanes, D]` -> `[K, lanes, N]`. Row by transpose: 8x faster than matrix by column."""
     return torch.matmul(row[:, :, None, :], x.transpose(2, 3))[:, :, 0]
 
 

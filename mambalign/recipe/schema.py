@@ -24,8 +24,16 @@ Stage = Literal["cpt", "sft", "dpo"]
 LossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo", "kto"]
 Interval = Literal["no", "steps", "epoch"]
 Schedule = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
-    "inverse_sqrt", "reduce_lr_on_plateau", "warmup_stable_decay",
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "warmup_stable_decay",
 ]
 
 # What a key means when a recipe of this stage does not give it.
@@ -68,117 +76,112 @@ class Recipe:
     """
 
     stage: Stage | None = _key(
-        None, "model",
-        "What this recipe is for: cpt, sft or dpo. Optional; the command's verb says it too."
+        None, "model", "What this recipe is for: cpt, sft or dpo. Optional; the command's verb says it too."
     )
     model_name_or_path: str | None = _key(
-        None, "model",
+        None,
+        "model",
         "Checkpoint to start from: a folder or hub id, Hugging Face or original state-spaces layout. DPO: the SFT "
-        "run's output_dir."
+        "run's output_dir.",
     )
     model_revision: str | None = _key(None, "model", "Branch, tag or commit of the model on the hub.")
     tokenizer_name_or_path: str | None = _key(
-        None, "model",
-        "Tokenizer, when it is not beside the model (original checkpoints: EleutherAI/gpt-neox-20b)."
+        None, "model", "Tokenizer, when it is not beside the model (original checkpoints: EleutherAI/gpt-neox-20b)."
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = _key(
-        None, "model",
-        "Type of the stored weights; null is float32 master weights, which `bf16: true` computes on in bfloat16."
+        None,
+        "model",
+        "Type of the stored weights; null is float32 master weights, which `bf16: true` computes on in bfloat16.",
     )
     bf16: bool = _arg(False, "model", "Compute in bfloat16 (autocast) on the weights of `dtype`.")
     fp16: bool = _arg(
-        False, "model",
-        "Compute in float16 with loss scaling. Mamba overflows easily in it; prefer bf16."
+        False, "model", "Compute in float16 with loss scaling. Mamba overflows easily in it; prefer bf16."
     )
     backend: str = _key(
-        "auto", "model",
-        "Kernel backend of every op: auto, reference, torch, triton. `mambalign doctor` shows what auto picks and "
-        "why."
+        "auto",
+        "model",
+        "Kernel backend of every op: auto, reference, torch, triton. `mambalign doctor` shows what auto picks and why.",
     )
     chat_template: str | None = _key(
-        None, "model",
-        "zephyr, chatml, a Jinja text or file with {% generation %} marks; null is the tokenizer's own."
+        None, "model", "zephyr, chatml, a Jinja text or file with {% generation %} marks; null is the tokenizer's own."
     )
 
     dataset_mixer: dict[str, Any] = _key(
-        {}, "data",
+        {},
+        "data",
         "Datasets: {hub id, folder or jsonl/parquet/arrow file: fraction of its training rows, or a map with "
-        "fraction or weight, max_samples, split, config, columns}."
+        "fraction or weight, max_samples, split, config, columns}.",
     )
     dataset_splits: list[str] = _key(
-        ["train", "test"], "data",
-        "Splits to read. One named test, validation, eval, dev or held out is only ever evaluated."
+        ["train", "test"],
+        "data",
+        "Splits to read. One named test, validation, eval, dev or held out is only ever evaluated.",
     )
     dataset_configs: list[str] | dict[str, Any] | None = _key(
-        None, "data",
-        "Configuration names of the datasets, in the order of dataset_mixer, or a map of dataset to name."
+        None, "data", "Configuration names of the datasets, in the order of dataset_mixer, or a map of dataset to name."
     )
     dataset_columns: dict[str, Any] = _key(
-        {}, "data",
-        "Names of columns: {messages|prompt|completion|chosen|rejected|text: the dataset's name for it}."
+        {}, "data", "Names of columns: {messages|prompt|completion|chosen|rejected|text: the dataset's name for it}."
     )
     dataset_seed: int | None = _key(None, "data", "Seed of mixing and sub-sampling; null is `data_seed`, then `seed`.")
     text_column: str = _key("text", "data", "Column of plain text (cpt, schema text).")
     schema: Literal["auto", "messages", "prompt_completion", "text", "preference"] = _key(
-        "auto", "data",
-        "Form of the rows; auto looks at the columns."
+        "auto", "data", "Form of the rows; auto looks at the columns."
     )
     system_prompt: str | None = _key(None, "data", "System message put before conversations that have none.")
     auto_insert_empty_system_msg: bool = _key(
-        False, "data",
-        "Put an empty system message before conversations that have none (the handbook's zephyr models did)."
+        False,
+        "data",
+        "Put an empty system message before conversations that have none (the handbook's zephyr models did).",
     )
     max_length: int = _key(
-        2048, "data",
-        "Tokens of a packed row (cpt, sft) or the longest prompt + completion (dpo: 1024 when not given)."
+        2048, "data", "Tokens of a packed row (cpt, sft) or the longest prompt + completion (dpo: 1024 when not given)."
     )
     max_prompt_length: int | None = _key(
-        None, "data",
-        "A pair over max_length has its prompt cut to this first, keeping the end; null is half of max_length."
+        None,
+        "data",
+        "A pair over max_length has its prompt cut to this first, keeping the end; null is half of max_length.",
     )
     truncation: Literal["keep_start", "keep_end", "drop", "split"] = _key(
-        "keep_start", "data",
+        "keep_start",
+        "data",
         "What happens to an example longer than max_length; counted and reported. split (cpt's default): cut into "
-        "several."
+        "several.",
     )
     packing: bool = _key(True, "data", "Lay several examples into a row of max_length; their states never mix.")
     assistant_only_loss: bool = _key(True, "data", "Train on the assistant's turns only (cpt: false).")
     preprocessing_num_workers: int | None = _key(
-        None, "data",
-        "Processes for tokenizing; null is one. The result does not depend on it."
+        None, "data", "Processes for tokenizing; null is one. The result does not depend on it."
     )
     max_train_samples: int | None = _key(None, "data", "Use at most this many training rows.")
     max_eval_samples: int | None = _key(None, "data", "Use at most this many rows of each evaluation split.")
     group_by_prompt: bool = _key(
-        False, "data",
-        "dpo: put pairs of the same prompt in the same batch, so that the prompt is computed once."
+        False, "data", "dpo: put pairs of the same prompt in the same batch, so that the prompt is computed once."
     )
     max_tokens_per_device: int | None = _key(
-        None, "data",
-        "Split a device batch into micro-batches of at most this many tokens; the update stays the same."
+        None, "data", "Split a device batch into micro-batches of at most this many tokens; the update stays the same."
     )
 
     loss_type: LossType = _key(
-        "sigmoid", "objective",
-        "Preference loss: sigmoid (DPO), ipo, hinge, robust, apo_zero, apo_down, simpo, orpo, kto."
+        "sigmoid",
+        "objective",
+        "Preference loss: sigmoid (DPO), ipo, hinge, robust, apo_zero, apo_down, simpo, orpo, kto.",
     )
     beta: float = _key(
-        0.1, "objective",
+        0.1,
+        "objective",
         "Strength of the pull towards the reference (inverse temperature of the implicit reward); ipo: tau, orpo: "
-        "lambda."
+        "lambda.",
     )
     label_smoothing: float = _key(
-        0.0, "objective",
-        "Assumed rate of flipped preferences (sigmoid, robust), 0 to below 0.5."
+        0.0, "objective", "Assumed rate of flipped preferences (sigmoid, robust), 0 to below 0.5."
     )
     rpo_alpha: float | None = _key(
-        None, "objective",
-        "Weight of an added log-likelihood term on the chosen completions."
+        None, "objective", "Weight of an added log-likelihood term on the chosen completions."
     )
     simpo_gamma: float = _key(0.5, "objective", "simpo: target margin between the length-normalised rewards.")
     reference_batch_tokens: int | None = _key(
-        None, "objective",
-        "Tokens per forward of the reference pass; null is the training batch's size."
+        None, "objective", "Tokens per forward of the reference pass; null is the training batch's size."
     )
 
     use_peft: bool = _key(False, "adapters", "Train LoRA adapters instead of all weights.")
@@ -195,46 +198,42 @@ class Recipe:
     use_bnb_nested_quant: bool = _key(False, "adapters", "Quantise the quantisation constants too.")
 
     output_dir: str | None = _arg(
-        None, "training",
-        "Run folder: frozen recipe, metrics, checkpoints and the finished model. The same command again resumes in "
-        "it."
+        None,
+        "training",
+        "Run folder: frozen recipe, metrics, checkpoints and the finished model. The same command again resumes in it.",
     )
     resume: str = _key(
-        "auto", "training",
-        "auto: continue from the newest whole checkpoint in output_dir; never: start afresh; or a checkpoint's "
-        "folder."
+        "auto",
+        "training",
+        "auto: continue from the newest whole checkpoint in output_dir; never: start afresh; or a checkpoint's folder.",
     )
     learning_rate: float = _arg(2e-5, "training", "Peak learning rate (dpo: 5e-7 when not given).")
     lr_scheduler_type: Schedule = _arg("cosine", "training", "Schedule after the warmup.")
     lr_scheduler_kwargs: dict[str, Any] | None = _arg(None, "training", "Extra arguments of the schedule.")
     warmup_ratio: float | None = _key(
-        None, "training",
-        "Warmup as a share of all steps; 0.1 when neither it nor warmup_steps is given."
+        None, "training", "Warmup as a share of all steps; 0.1 when neither it nor warmup_steps is given."
     )
     warmup_steps: float | None = _key(None, "training", "Warmup steps; below 1 a share of all steps.")
     num_train_epochs: float = _arg(1.0, "training", "Passes over the training rows.")
     max_steps: int = _arg(-1, "training", "Stop after this many steps; -1: num_train_epochs decides.")
     per_device_train_batch_size: int = _arg(
-        8, "training",
-        "cpt, sft: packed rows of max_length; dpo: pairs; on each device, each accumulation step."
+        8, "training", "cpt, sft: packed rows of max_length; dpo: pairs; on each device, each accumulation step."
     )
     per_device_eval_batch_size: int = _arg(8, "training", "The same in evaluation.")
     gradient_accumulation_steps: int | None = _key(
-        None, "training",
-        "Device batches per optimizer step; null is 1, or what global_batch_size asks for."
+        None, "training", "Device batches per optimizer step; null is 1, or what global_batch_size asks for."
     )
     global_batch_size: int | None = _key(
-        None, "training",
+        None,
+        "training",
         "Rows (or pairs) per optimizer step over all devices; gradient_accumulation_steps follows from it, for any "
-        "number of devices."
+        "number of devices.",
     )
     gradient_checkpointing: bool = _key(
-        False, "training",
-        "Keep only each layer's input and compute the rest again in the backward pass."
+        False, "training", "Keep only each layer's input and compute the rest again in the backward pass."
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = _key(
-        None, "training",
-        "Arguments of it; {use_reentrant: false} is usual."
+        None, "training", "Arguments of it; {use_reentrant: false} is usual."
     )
     optim: str = _arg("adamw_torch", "training", "Optimizer, by its name in transformers.")
     optim_args: str | None = _arg(None, "training", "Extra arguments of the optimizer: a=1,b=2.")
@@ -248,8 +247,7 @@ class Recipe:
     full_determinism: bool = _arg(False, "training", "Only deterministic kernels; slower.")
     use_cpu: bool = _arg(False, "training", "Train on the CPU although there is an accelerator.")
     tf32: bool | None = _arg(
-        None, "training",
-        "TensorFloat-32 matrix products on NVIDIA GPUs; null is torch's default."
+        None, "training", "TensorFloat-32 matrix products on NVIDIA GPUs; null is torch's default."
     )
     torch_empty_cache_steps: int | None = _arg(None, "training", "Empty the allocator's cache every so many steps.")
     dataloader_num_workers: int = _arg(0, "training", "Processes that prepare batches.")
@@ -259,13 +257,11 @@ class Recipe:
     dataloader_prefetch_factor: int | None = _arg(None, "training", "Batches each data process prepares ahead.")
 
     do_eval: bool = _arg(
-        True, "evaluation",
-        "Evaluate the test splits after training, and during it as eval_strategy says."
+        True, "evaluation", "Evaluate the test splits after training, and during it as eval_strategy says."
     )
     eval_strategy: Interval = _arg("no", "evaluation", "When to evaluate during training: no, steps, epoch.")
     eval_steps: float | None = _arg(
-        None, "evaluation",
-        "Steps between evaluations; below 1 a share of all steps; null is logging_steps."
+        None, "evaluation", "Steps between evaluations; below 1 a share of all steps; null is logging_steps."
     )
     eval_delay: float = _arg(0.0, "evaluation", "Steps or epochs before the first evaluation.")
     eval_on_start: bool = _arg(False, "evaluation", "Evaluate before the first step.")
@@ -279,26 +275,22 @@ class Recipe:
     log_level: str = _arg("info", "logging", "debug, info, warning, error.")
     disable_tqdm: bool | None = _arg(None, "logging", "No progress bar.")
     report_to: list[str] = _arg(
-        ["tensorboard"], "logging",
-        "Loggers beside metrics.jsonl: tensorboard, wandb, ...; none for no other."
+        ["tensorboard"], "logging", "Loggers beside metrics.jsonl: tensorboard, wandb, ...; none for no other."
     )
     run_name: str | None = _arg(None, "logging", "Name of the run in the loggers; null is output_dir.")
 
     save_strategy: Interval = _arg("steps", "saving", "When to save a checkpoint: no, steps, epoch.")
     save_steps: float = _arg(500.0, "saving", "Steps between checkpoints; below 1 a share of all steps.")
     save_total_limit: int | None = _arg(
-        2, "saving",
-        "Checkpoints to keep; with 2, one that a crash tore has another before it."
+        2, "saving", "Checkpoints to keep; with 2, one that a crash tore has another before it."
     )
     save_only_model: bool = _arg(False, "saving", "Save no optimizer state: smaller, but such a run cannot resume.")
     push_to_hub: bool = _arg(False, "saving", "Upload the finished model and its card.")
     hub_model_id: str | None = _arg(
-        None, "saving",
-        "Repository to push to; null is output_dir's name under your account."
+        None, "saving", "Repository to push to; null is output_dir's name under your account."
     )
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = _arg(
-        "every_save", "saving",
-        "When to push."
+        "every_save", "saving", "When to push."
     )
     hub_private_repo: bool | None = _arg(None, "saving", "Make the repository private.")
     hub_revision: str | None = _arg(None, "saving", "Branch to push to.")

@@ -76,7 +76,9 @@ model = AutoModelForCausalLM.from_pretrained("{recipe.hub_model_id or folder}")
 
 
 def _table(values: dict[str, Any]) -> str:
-    rows = [f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value} |" for key, value in values.items()]
+    rows = [
+        f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value} |" for key, value in values.items()
+    ]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
@@ -99,7 +101,9 @@ def push(folder: Path, recipe: Recipe) -> None:
 
     try:
         api = HfApi()
-        repo = api.create_repo(recipe.hub_model_id or folder.name, private=recipe.hub_private_repo, exist_ok=True).repo_id
+        repo = api.create_repo(
+            recipe.hub_model_id or folder.name, private=recipe.hub_private_repo, exist_ok=True
+        ).repo_id
         if recipe.hub_revision:
             api.create_branch(repo, branch=recipe.hub_revision, exist_ok=True)
         api.upload_folder(

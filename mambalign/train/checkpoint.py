@@ -1,7 +1,7 @@
 """Checkpoints that are complete or not there: written beside, listed in a manifest, synced, renamed.
 
-A folder `checkpoint-N` counts only if `manifest.json` lists every file with its size and SHA-256 and all agree. A kill at any
-moment leaves either the finished folder or a staging folder that the next save removes.
+A folder `checkpoint-N` counts only if `manifest.json` lists every file with its size and SHA-256 and all agree. A kill
+at any moment leaves either the finished folder or a staging folder that the next save removes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Training objectives as pure functions of log-probabilities, with the equation of the paper on the line that uses it.
 
 Notation: for completion k, `logps` is `sum_t log pi(y_t | x, y_<t)` over its trained tokens and `lengths` their number;
-`ratios` are `logps - reference logps`. Preference losses return one value per pair, never an average: the trainer divides
-by the number of pairs of the whole optimizer step, whatever batches it was computed in.
+`ratios` are `logps - reference logps`. Preference losses return one value per pair, never an average: the trainer
+divides by the number of pairs of the whole optimizer step, whatever batches it was computed in.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def preference_loss(chosen: Completions, rejected: Completions, options: Prefere
 
 @torch.no_grad()
 def rewards(completions: Completions, options: PreferenceOptions) -> Tensor:
-    """Implicit reward `[P]`: beta log pi/pi_ref (arXiv 2305.18290 section 4), or beta average log pi without reference."""
+    """Implicit reward `[P]`: beta log pi/pi_ref (arXiv 2305.18290 section 4), or without reference beta mean log pi."""
     if options.needs_reference:
         return options.beta * completions.ratios
     return options.beta * completions.average_logps

@@ -1,7 +1,8 @@
-"""Reference log-probs: computed once, from the initial weights, kept in the run folder under a hash of all they depend on.
+"""Reference log-probs: computed once, from the initial weights, kept under a hash of all they depend on.
 
-No second model is held in memory and no prompt is read twice. The pass is cut into parts of a few hundred pairs; each is
-written when it is done, so an interrupted pass goes on where it stopped, and is checked against its own hash on reuse.
+No second model is held in memory and no prompt is read twice. The pass is cut into parts of a few hundred pairs; each
+is written when it is done, so an interrupted pass goes on where it stopped, and is checked against its own hash on
+reuse.
 """
 
 from __future__ import annotations

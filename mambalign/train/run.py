@@ -1,8 +1,8 @@
 """A run: from a recipe to a folder that holds everything about it. Running the same recipe again resumes it.
 
 The folder: `recipe.yaml` (frozen), `environment.json`, `data.json` (what was read, cut and skipped), `metrics.jsonl`,
-`checkpoint-*/`, `reference/` (DPO), `curves.svg`, `run.json` (status, lineage, final metrics), and at the end the model, its tokenizer
-and its card, loadable by plain transformers.
+`checkpoint-*/`, `reference/` (DPO), `curves.svg`, `run.json` (status, lineage, final metrics), and at the end the
+model, its tokenizer and its card, loadable by plain transformers.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def _exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is training in {folder}; wait for it, or choose another output_dir") from error
+            raise UserError(
+                f"another process is training in {folder}; wait for it, or choose another output_dir"
+            ) from error
         except OSError:
             logger.warning("%s cannot be locked (no locks on this file system); start no second run in it", folder)
         yield
@@ -147,8 +149,9 @@ def _claim(folder: Path, recipe: Recipe, stage: str) -> RunResult | None:
         changed = _changed_keys(Recipe.from_dict(_read_yaml(frozen)), recipe)
         if changed and (state.get("status") == "finished" or checkpoint.checkpoints(folder)):
             raise UserError(
-                f"{folder} holds a run of another recipe, which differs in {'; '.join(changed)}. Put the old values back "
-                "to resume it, choose another output_dir, or pass --resume never to set the old run aside and start afresh"
+                f"{folder} holds a run of another recipe, which differs in {'; '.join(changed)}. Put the old values "
+                "back to resume it, choose another output_dir, or pass --resume never to set the old run aside and "
+                "start afresh"
             )
         if state.get("status") == "finished":
             logger.info("%s is finished (%d steps): nothing to do", folder, state["global_step"])
@@ -164,7 +167,9 @@ def _changed_keys(earlier: Recipe, now: Recipe) -> list[str]:
 
     free = FREE_KEYS | {item.name for group in FREE_GROUPS for item in key_groups()[group]} | {"output_dir"}
     before, after = earlier.to_dict(), now.to_dict()
-    return [f"{key} ({before[key]!r}, now {after[key]!r})" for key in after if key not in free and before[key] != after[key]]
+    return [
+        f"{key} ({before[key]!r}, now {after[key]!r})" for key in after if key not in free and before[key] != after[key]
+    ]
 
 
 def _set_aside(folder: Path) -> None:
@@ -228,7 +233,12 @@ def _environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), "platform": platform.platform(), "device": device, "packages": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "packages": versions,
+    }
 
 
 def _now() -> str:
@@ -266,6 +276,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         # transformers narrates every file it writes at "info": one level quieter than ours.
         "log_level": {"debug": "info", "info": "warning"}.get(recipe.log_level, recipe.log_level),
     }
+    if not torch.accelerator.is_available():
+        values["dataloader_pin_memory"] = False  # nothing to pin for: every run would warn of it
     unknown = sorted(set(values) - supported)
     if unknown:
         raise UserError(f"the installed transformers does not know {', '.join(unknown)}; leave out or upgrade")
@@ -311,8 +323,8 @@ def load_data(recipe: Recipe, stage: str, tokenizer: Any) -> tuple[TokenizedData
     if not len(held_out):
         if recipe.eval_strategy != "no":
             raise UserError(
-                f"eval_strategy: {recipe.eval_strategy}, but none of dataset_splits {recipe.dataset_splits} is there to "
-                "evaluate on; add a split with `test` in its name, or set eval_strategy: no"
+                f"eval_strategy: {recipe.eval_strategy}, but none of dataset_splits {recipe.dataset_splits} is there "
+                "to evaluate on; add a split with `test` in its name, or set eval_strategy: no"
             )
         return train, None
     return train, TOKENIZE[stage](held_out, tokenizer, recipe)

@@ -1,8 +1,8 @@
 """The training step: one thin `transformers.Trainer` for every objective.
 
-A device batch arrives as flat `PackedBatch`es (one, or several under a token bound). Each is one forward and one backward
-pass; its loss is a *sum*, divided by the number of items (trained tokens, or pairs) of the whole optimizer step over all
-micro-batches and processes. So how a step is cut into batches changes nothing but speed and memory.
+A device batch arrives as flat `PackedBatch`es (one, or several under a token bound). Each is one forward and one
+backward pass; its loss is a *sum*, divided by the number of items (trained tokens, or pairs) of the whole optimizer
+step over all micro-batches and processes. So how a step is cut into batches changes nothing but speed and memory.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ class PackedTrainer(Trainer):
         shown = ", ".join(rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
         return (
             f"loss is {loss} at step {self.state.global_step + 1}; rows of the batch: {shown}. The weights of the last "
-            "checkpoint are intact. Try a lower learning_rate or a longer warmup, max_grad_norm: 1.0, dtype: float32 with "
-            "bf16: true instead of pure 16-bit weights, and look at these rows."
+            "checkpoint are intact. Try a lower learning_rate or a longer warmup, max_grad_norm: 1.0, dtype: float32 "
+            "with bf16: true instead of pure 16-bit weights, and look at these rows."
         )
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -212,7 +212,9 @@ class PackedTrainer(Trainer):
         """Averages over every item of the evaluation rows, logged with the prefix."""
         loader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = loader
-        model = self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model = (
+            self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        )
         model.eval()
         sums: dict[str, float | Tensor] = {}
         items, started = 0, time.perf_counter()

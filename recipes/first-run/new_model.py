@@ -1,6 +1,6 @@
 """Make a new, random Mamba of 16.5 million parameters with a given tokenizer: what the first-run recipes start from.
 
-    python recipes/first-run/new_model.py TOKENIZER [FOLDER]     # default folder runs/first/new
+python recipes/first-run/new_model.py TOKENIZER [FOLDER]     # default folder runs/first/new
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make what the tiny recipes train on: a random Mamba of 0.1 million parameters, its tokenizer, and small data.
 
-    python recipes/tiny/prepare.py [FOLDER]     # default data/tiny, where the recipes look from the working directory
+python recipes/tiny/prepare.py [FOLDER]     # default data/tiny, where the recipes look from the working directory
 """
 
 from __future__ import annotations

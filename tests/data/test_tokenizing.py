@@ -165,10 +165,10 @@ def test_truncation(tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: An
         tokenize_sft(rows, tokenizer, make_recipe(truncation="split"))
 
 
-def test_nothing_trained_after_truncation(tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any) -> None:
+def test_rows_that_truncation_leaves_nothing_of(tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any) -> None:
     rows = as_dataset([{"messages": turns("u:Hi", "a:Hello")}, {"messages": turns("u:" + "a song! " * 30, "a:Yes")}])
     data = tokenize_sft(rows, tokenizer, make_recipe(max_length=48))
-    assert data.report["skipped/nothing_trained"] == 1
+    assert data.report["skipped/truncated_away"] == 1
     assert data.report["tokens_lost"] == len(chat.encode_messages(tokenizer, rows[1]["messages"])[0])
     check_account(data)
 

@@ -165,9 +165,10 @@ def test_the_written_recipes_are_the_ones_that_ran(finished: Path) -> None:
     for stage in main.MODELS:
         written = yaml.safe_load((finished / "recipes" / f"{stage}.yaml").read_text())
         ran = yaml.safe_load((finished / stage / "recipe.yaml").read_text())
-        assert Recipe.from_dict(written, stage=stage).to_dict().items() >= {
-            key: ran[key] for key in ("learning_rate", "max_length", "seed")
-        }.items()
+        assert (
+            Recipe.from_dict(written, stage=stage).to_dict().items()
+            >= {key: ran[key] for key in ("learning_rate", "max_length", "seed")}.items()
+        )
 
 
 def test_the_conversation_sees_its_history(tokenizer) -> None:

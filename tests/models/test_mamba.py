@@ -177,9 +177,7 @@ def test_packed_and_forked_equal_alone(
 
 
 @pytest.mark.parametrize("sabotage", ["reset", "fork", "window"])
-def test_the_comparison_notices_sabotage(
-    both: tuple[Any, Any], sabotage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_notices_sabotage(both: tuple[Any, Any], sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = both[1].double()
     segments = Segments.from_lengths(*TREES["packed" if sabotage == "reset" else "pair"])
     run_on = None
@@ -205,7 +203,10 @@ def test_labels_of_a_packed_row_never_cross_documents(both: tuple[Any, Any]) -> 
     labels = ids.clone()
     labels[2] = -100
     loss = model(ids[None], segments=segments, labels=labels[None]).loss
-    parts = [model(ids[None, :4], labels=labels[None, :4]).loss * 2, model(ids[None, 4:], labels=labels[None, 4:]).loss * 5]
+    parts = [
+        model(ids[None, :4], labels=labels[None, :4]).loss * 2,
+        model(ids[None, 4:], labels=labels[None, 4:]).loss * 5,
+    ]
     assert abs(loss - sum(parts) / 7) < 1e-5
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from mambalign.ops import Segments, causal_conv1d, selective_scan, token_logps
-from tests.ops.test_ops import TOLERANCE, TREES, assert_same, conv_inputs, outputs_and_gradients, relative_error, scan_inputs
+from tests.ops.test_ops import (
+    TOLERANCE,
+    TREES,
+    assert_same,
+    conv_inputs,
+    outputs_and_gradients,
+    relative_error,
+    scan_inputs,
+)
 
 pytestmark = pytest.mark.gpu
 

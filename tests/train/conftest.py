@@ -22,8 +22,9 @@ from mambalign.train.run import run
 WORDS = "red blue green dog cat bird runs sleeps eats the a big small yes no why because not very".split()
 # Nothing after the end of turn, so that a completion is the same tokens to every library.
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>\n{% generation %}{{ m['content'] + eos_token }}"
-    "{% endgeneration %}{% else %}<|user|>\n{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>\n{% generation %}"
+    "{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}<|user|>\n{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 

@@ -53,7 +53,8 @@ def test_values(loss_type: str) -> None:
     losses = preference_loss(chosen, rejected, PreferenceOptions(loss_type, beta=0.7))
     assert chosen.reference_logps is not None and rejected.reference_logps is not None
     columns = (
-        chosen.logps, rejected.logps, chosen.reference_logps, rejected.reference_logps, chosen.lengths, rejected.lengths,
+        chosen.logps, rejected.logps, chosen.reference_logps, rejected.reference_logps, chosen.lengths,
+        rejected.lengths,
     )  # fmt: skip
     for loss, *numbers in zip(losses.tolist(), *(c.tolist() for c in columns), strict=True):
         assert loss == pytest.approx(by_hand(loss_type, *numbers, beta=0.7), rel=1e-9)
@@ -62,16 +63,23 @@ def test_values(loss_type: str) -> None:
 def test_label_smoothing_is_the_expected_loss_under_flips() -> None:
     chosen, rejected = sides()
     smoothed = preference_loss(chosen, rejected, PreferenceOptions("sigmoid", 0.7, label_smoothing=0.2))
-    plain, flipped = (preference_loss(a, b, PreferenceOptions("sigmoid", 0.7)) for a, b in ((chosen, rejected), (rejected, chosen)))
+    plain, flipped = (
+        preference_loss(a, b, PreferenceOptions("sigmoid", 0.7)) for a, b in ((chosen, rejected), (rejected, chosen))
+    )
     assert torch.allclose(smoothed, 0.8 * plain + 0.2 * flipped)
-    robust = [preference_loss(a, b, PreferenceOptions("robust", 0.7, label_smoothing=0.2)) for a, b in ((chosen, rejected), (rejected, chosen))]
+    robust = [
+        preference_loss(a, b, PreferenceOptions("robust", 0.7, label_smoothing=0.2))
+        for a, b in ((chosen, rejected), (rejected, chosen))
+    ]
     assert torch.allclose(0.8 * robust[0] + 0.2 * robust[1], plain)  # unbiased: arXiv 2403.00409, lemma 3.1
 
 
 def test_kto_uses_the_other_sides_clamped_mean_without_gradient() -> None:
     logps = torch.tensor([-1.0, -3.0], dtype=torch.float64, requires_grad=True)
     chosen = Completions(logps, torch.ones(2), torch.tensor([-2.0, -3.5], dtype=torch.float64))
-    rejected = Completions(torch.tensor([-4.0, -9.0], dtype=torch.float64), torch.ones(2), torch.tensor([-3.0, -3.0], dtype=torch.float64))
+    rejected = Completions(
+        torch.tensor([-4.0, -9.0], dtype=torch.float64), torch.ones(2), torch.tensor([-3.0, -3.0], dtype=torch.float64)
+    )
     loss = preference_loss(chosen, rejected, PreferenceOptions("kto", 1.0))
     sigmoid = torch.sigmoid
     ratio_c, ratio_r = torch.tensor([1.0, 0.5], dtype=torch.float64), torch.tensor([-1.0, -6.0], dtype=torch.float64)
@@ -84,11 +92,15 @@ def test_kto_uses_the_other_sides_clamped_mean_without_gradient() -> None:
 @pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - {"kto"}))
 def test_gradients_and_directions(loss_type: str) -> None:
     chosen, rejected = sides()
-    options = PreferenceOptions(loss_type, beta=0.7, rpo_alpha=0.3, label_smoothing=0.1 if loss_type in ("sigmoid", "robust") else 0.0)
+    options = PreferenceOptions(
+        loss_type, beta=0.7, rpo_alpha=0.3, label_smoothing=0.1 if loss_type in ("sigmoid", "robust") else 0.0
+    )
 
     def loss(c: Tensor, r: Tensor) -> Tensor:
         return preference_loss(
-            Completions(c, chosen.lengths, chosen.reference_logps), Completions(r, rejected.lengths, rejected.reference_logps), options
+            Completions(c, chosen.lengths, chosen.reference_logps),
+            Completions(r, rejected.lengths, rejected.reference_logps),
+            options,
         )
 
     inputs = (chosen.logps.requires_grad_(), rejected.logps.requires_grad_())

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: invariances of the step, resuming after kill -9, torn checkpoints, bad input, what is left behind."""
+"""Whole runs of a tiny model: invariances of the step, resuming after kill -9, torn checkpoints, bad input."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_a_run_learns_and_leaves_everything_behind(stage: str, recipe: Make, wor
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(plain) is transformers.MambaForCausalLM
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "why"}], add_generation_prompt=True, return_tensors="pt")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "why"}], add_generation_prompt=True, return_tensors="pt"
+    )
     assert plain(**ids).logits.isfinite().all()
     for name in ("recipe.yaml", "environment.json", "data.json", "run.json", "README.md"):
         assert (folder / name).stat().st_size > 0, name
@@ -231,7 +233,9 @@ def test_rotation_never_deletes_the_last_complete_checkpoint(tmp_path: Path) -> 
     assert checkpoint.newest_complete(tmp_path) == tmp_path / "checkpoint-3"
 
 
-def test_the_reference_cache_is_reused_and_verified(recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reference_cache_is_reused_and_verified(
+    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def again(**changes: Any) -> str:
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="mambalign"):
@@ -261,7 +265,9 @@ def test_a_diverging_loss_stops_with_the_rows(recipe: Make, monkeypatch: pytest.
         return real(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
 
     monkeypatch.setattr(module, "target_logps", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 5; rows of the batch: .*train:\d+.*learning_rate"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss is nan at step 5; rows of the batch: .*train:\d+.*learning_rate"
+    ):
         run("sft", recipe("sft"))
     assert checkpoint.newest_complete(tmp_path / "sft") == tmp_path / "sft" / "checkpoint-3"
 
