@@ -79,7 +79,7 @@ class CausalConv1d(torch.autograd.Function):
         ctx.activation, ctx.segments = activation, segments
         ctx.set_materialize_grads(False)
         out = torch.nn.functional.silu(y) if activation == "silu" else y
-        final = rows[final_rows.flatten()].view(*final_rows.shape, -1).transpose(1, 2)
+        final = rows[final_rows.flatten()].view(*final_rows.shape, x.shape[1]).transpose(1, 2)
         return out.to(x.dtype), final.to(x.dtype)
 
     @staticmethod
@@ -119,7 +119,7 @@ class CausalConv1d(torch.autograd.Function):
             add_rows(d_rows, torch.cat(outside_rows), torch.cat(outside_values))
         d_initial = None
         if initial_state is not None:
-            d_initial = d_rows[x.shape[0] :].view(segments.num_segments, width, -1).transpose(1, 2)
+            d_initial = d_rows[x.shape[0] :].view(segments.num_segments, width, x.shape[1]).transpose(1, 2)
         return (
             d_x.to(x.dtype),
             d_weight.to(weight.dtype),
@@ -140,7 +140,7 @@ def _convolve(
     if initial_state is None:
         before = x.new_zeros(segments.num_segments * width, x.shape[1], dtype=dtype)
     else:
-        before = initial_state.to(dtype).transpose(1, 2).reshape(-1, x.shape[1])
+        before = initial_state.to(dtype).transpose(1, 2).flatten(0, 1)
     rows = torch.cat([x.to(dtype), before])
     xc, w = rows[: x.shape[0]], weight.to(dtype)
     y = xc * w[:, width]

@@ -24,6 +24,8 @@ TREES = {
     "deep tree": ([4, 3, 2, 5, 1, 7, 6, 2], [-1, 0, 0, 1, 1, -1, 5, 3]),
     "empty segments": ([0, 4, 0, 3, 2, 0], [-1, 0, 1, 2, 0, -1]),
     "beyond a tile": ([70, 40, 33], [-1, 0, 0]),
+    "no token": ([0, 0], [-1, 0]),
+    "no segment": ([], []),
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -97,7 +99,8 @@ def outputs_and_gradients(op: Callable[..., Any], inputs: dict[str, Tensor], **o
     loss = (y * torch.randn(y.shape, generator=generator)).sum() + (
         final * torch.randn(final.shape, generator=generator)
     ).sum()
-    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    # materialize_grads: where there is no token the reference has nothing to differentiate.
+    gradients = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
     return {"y": y, "final_state": final} | dict(zip(inputs, gradients, strict=True))
 
 
@@ -137,13 +140,37 @@ def test_conv_equals_reference(tree: str, activation: str | None, dtype: torch.d
     assert ours["y"].dtype == dtype
 
 
-@pytest.mark.parametrize("width", [2, 3, 4, 7])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
 def test_conv_of_every_width_crosses_forks(width: int) -> None:
     segments = Segments.from_lengths([2, 1, 3, 1, 1, 5], [-1, 0, 1, 0, 3, 4])
     inputs = conv_inputs(segments.num_tokens, segments.num_segments, torch.float64, W=width)
     ours = outputs_and_gradients(causal_conv1d, inputs, activation="silu", segments=segments, backend="torch")
     theirs = outputs_and_gradients(causal_conv1d, inputs, activation="silu", segments=segments, backend="reference")
     assert_same(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize(("D", "N"), [(1, 1), (1, 16), (7, 1), (33, 2)])
+def test_scan_of_every_state_size(D: int, N: int, tiles: None) -> None:
+    segments = Segments.from_lengths([9, 4, 6, 20], [-1, 0, 0, -1])
+    inputs = scan_inputs(39, 4, torch.float64, D=D, N=N)
+    ours = outputs_and_gradients(selective_scan, inputs, delta_softplus=True, segments=segments, backend="torch")
+    theirs = outputs_and_gradients(selective_scan, inputs, delta_softplus=True, segments=segments, backend="reference")
+    assert_same(ours, theirs, 1e-10)
+
+
+def test_strides_and_index_types_change_nothing() -> None:
+    """Views, as a model's splits and transposes make them, and the int32 boundaries that CUDA kernels want."""
+    segments = Segments.from_lengths([9, 4, 6, 20], [-1, 0, 0, -1])
+    narrow = Segments(segments.cu_seqlens.int(), segments.parent.int())
+    assert narrow == segments
+    for op, inputs, options in (
+        (selective_scan, scan_inputs(39, 4, torch.float64), {"delta_softplus": True}),
+        (causal_conv1d, conv_inputs(39, 4, torch.float64), {"activation": "silu"}),
+    ):
+        views = {k: v.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_() for k, v in inputs.items()}
+        assert not any(view.is_contiguous() for view in views.values())
+        plain = outputs_and_gradients(op, inputs, segments=segments, backend="torch", **options)
+        assert_same(outputs_and_gradients(op, views, segments=narrow, backend="torch", **options), plain, 1e-12)
 
 
 @pytest.mark.parametrize("missing", ["D", "z", "delta_bias", "initial_state"])
