@@ -282,8 +282,9 @@ def _from_pretrained(
         ignore_mismatched_sizes=True,  # so that they are listed, and refused, below
         **hf_kwargs,
     )
+    mismatched = sorted(info["mismatched_keys"])  # transformers keeps them in sets
     problems = [
-        *(f"{name} is {list(found)} there, {list(want)} in the model" for name, found, want in info["mismatched_keys"]),
+        *(f"{name} is {list(found)} there, {list(want)} in the model" for name, found, want in mismatched),
         *(f"{name} is missing there" for name in sorted(info["missing_keys"])),
         *(f"{name} is there, the model has no such parameter" for name in sorted(info["unexpected_keys"])),
         *info["error_msgs"],

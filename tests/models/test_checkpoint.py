@@ -363,7 +363,7 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"tie_embedings": False}, "did you mean 'tie_embeddings'"),
     ({"vocab_size": 40}, r"embedding.weight has 48 rows.*which is 40"),
     ({"vocab_size": 45, "pad_vocab_size_multiple": 1}, r"has 48 rows.*which is 45"),
-    ({"d_model": 32}, r"\[\d+, \d+\] there, \[\d+, \d+\] in the model.*more"),
+    ({"d_model": 32}, r"embeddings.weight is \[48, 16\] there, \[48, 32\] in the model.*and 19 more"),
     ({"n_layer": 3}, r"backbone.layers.2.*missing there"),
     ({"n_layer": 1}, r"backbone.layers.1.*no such parameter"),
 ]
