@@ -82,17 +82,17 @@ def resolve_template(name_or_jinja_or_path: str) -> str:
     """The Jinja text meant: a name in `TEMPLATES`, Jinja itself, or a file that holds it.
 
     Raises:
-        UserError: neither a known name, nor Jinja, nor an existing file.
+        UserError: neither a known name, nor Jinja, nor an existing text file.
     """
     given = str(name_or_jinja_or_path)
     if given in TEMPLATES:
         return TEMPLATES[given]
     if "{%" in given or "{{" in given:
         return given
-    with contextlib.suppress(OSError):  # no such file, or no name that a file can have
+    with contextlib.suppress(OSError, ValueError):  # no such file, no name that a file can have, no text in it
         return Path(given).expanduser().read_text(encoding="utf-8")
     raise UserError(
-        f"chat_template: {given!r} is neither one of {', '.join(sorted(TEMPLATES))}, nor Jinja text, nor a file"
+        f"chat_template: {given!r} is neither one of {', '.join(sorted(TEMPLATES))}, nor Jinja text, nor a text file"
         + nearest(given, TEMPLATES)
     )
 
@@ -149,14 +149,12 @@ def _marked_twin(tokenizer: Any, template: str) -> str:
 
 
 def _same_text(tokenizer: Any, one: str, other: str, turns: list[dict[str, str]]) -> bool:
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": turns[-1]["role"] == "user"}
+    asks = turns[-1]["role"] == "user"
     try:
-        return bool(
-            tokenizer.apply_chat_template(turns, chat_template=one, **options)
-            == tokenizer.apply_chat_template(turns, chat_template=other, **options)
-        )
+        texts = [_render(tokenizer, template, turns, add_generation_prompt=asks).text for template in (one, other)]
     except TemplateError:
         return False  # `check_template` says what is wrong with it
+    return texts[0] == texts[1]
 
 
 def set_pad_token(tokenizer: Any) -> None:
@@ -190,16 +188,24 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
     """Render a conversation with the tokenizer's chat template.
 
     Raises:
-        jinja2.exceptions.TemplateError: the template refuses the conversation.
+        jinja2.exceptions.TemplateError: the template refuses the conversation, or fails on it.
     """
-    texts, regions = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        **tokenizer.special_tokens_map,
-    )
-    return Rendered(texts[0], tuple((start, end) for start, end in regions[0] if end > start))
+    return _render(tokenizer, tokenizer.get_chat_template(), messages, add_generation_prompt=add_generation_prompt)
+
+
+def _render(tokenizer: Any, template: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
+    marked = bool(_MARK.search(template))
+    try:
+        texts, regions = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a template is a program
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+    return Rendered(texts[0], tuple((start, end) for start, end in regions[0] if end > start) if marked else ())
 
 
 def encode_rendered(tokenizer: Any, rendered: Sequence[Rendered]) -> list[Encoded]:
@@ -298,26 +304,25 @@ def check_template(tokenizer: Any) -> None:
             prefix, in text and in tokens, of the whole conversation. The message says how to mend it.
     """
     apply_template(tokenizer, None)
+    try:
+        rendered = render(tokenizer, _PROBE)
+        prompts = {turn: render(tokenizer, _PROBE[:turn], add_generation_prompt=True) for turn in (1, 3)}
+    except TemplateError as error:
+        raise UserError(f"the chat template fails on a plain conversation of user and assistant: {error}") from error
     if not _MARK.search(tokenizer.get_chat_template()):
         raise UserError(
             "the chat template has no {% generation %} marks, so nothing tells the assistant's tokens from the others; "
-            + _mend_missing_marks(tokenizer)
+            + _mend_missing_marks(tokenizer, rendered.text)
         )
-    try:
-        rendered = render(tokenizer, _PROBE)
-    except TemplateError as error:
-        raise UserError(f"the chat template fails on a plain conversation of user and assistant: {error}") from error
     _check_regions(rendered)
-    for turn in (1, 3):
-        _check_prefix(tokenizer, rendered, turn)
+    for turn, prompt in prompts.items():
+        _check_prefix(tokenizer, rendered, prompt, turn)
     end_of_turn_id(tokenizer)
 
 
-def _mend_missing_marks(tokenizer: Any) -> str:
-    text = tokenizer.apply_chat_template(_PROBE, tokenize=False)
+def _mend_missing_marks(tokenizer: Any, text: str) -> str:
     for name, template in TEMPLATES.items():
-        ours, _ = render_jinja_template(conversations=[_PROBE], chat_template=template, **tokenizer.special_tokens_map)
-        if ours[0].strip() == text.strip():
+        if _render(tokenizer, template, _PROBE, add_generation_prompt=False).text.strip() == text.strip():
             return f"chat_template: {name} renders the same text and has the marks"
     return f"write the assistant's turn as {_MARKED_EXAMPLE}, or set chat_template to {' or '.join(sorted(TEMPLATES))}"
 
@@ -361,13 +366,13 @@ def end_of_turn_id(tokenizer: Any) -> int:
         raise UserError(
             f"the chat template never trains the token that ends a turn: after the answer its {{% generation %}} marks "
             f"hold {_tail(rendered, turn)!r} and then comes {after!r}, so the model would not learn to stop; put the "
-            f"end-of-turn token (a special token such as {tokenizer.eos_token!r}) before {{% endgeneration %}}"
+            f"end-of-turn token (a special token of this tokenizer, such as {tokenizer.eos_token!r}) before "
+            "{% endgeneration %}"
         )
     return int(ends[-1])
 
 
-def _check_prefix(tokenizer: Any, rendered: Rendered, turn: int) -> None:
-    prompt = render(tokenizer, _PROBE[:turn], add_generation_prompt=True)
+def _check_prefix(tokenizer: Any, rendered: Rendered, prompt: Rendered, turn: int) -> None:
     start = rendered.regions[turn // 2][0]
     if not rendered.text.startswith(prompt.text):
         raise UserError(

@@ -166,6 +166,12 @@ def test_unknown_template(plain_tokenizer: Any, wrong: str) -> None:
     assert ("did you mean 'zephyr'" in str(error.value)) is (wrong == "zephr")
 
 
+def test_a_template_file_that_is_no_text(plain_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"model.bin' is neither .* nor a text file"):
+        chat.apply_template(plain_tokenizer, str(tmp_path / "model.bin"))
+
+
 def test_no_template(plain_tokenizer: Any) -> None:
     with pytest.raises(UserError, match="no chat template; set chat_template to chatml or zephyr"):
         chat.check_template(plain_tokenizer)
@@ -241,9 +247,20 @@ def test_refuses_a_template_that_forgets(plain_tokenizer: Any) -> None:
         chat.check_template(plain_tokenizer)
 
 
-def test_refuses_a_template_that_fails(plain_tokenizer: Any) -> None:
-    chat.apply_template(plain_tokenizer, "{% generation %}{% endgeneration %}{{ raise_exception('tools only') }}")
-    with pytest.raises(UserError, match="fails on a plain conversation of user and assistant: tools only"):
+FAILING = {
+    "tools only": "{% generation %}{% endgeneration %}{{ raise_exception('tools only') }}",
+    "no marks either": "{{ raise_exception('no marks either') }}",
+    "TypeError: can only concatenate": "{% generation %}{{ messages[0].content + 5 }}{% endgeneration %}",
+    "ZeroDivisionError": "{% for m in messages %}{{ m.content }}{% endfor %}{{ 1 / 0 }}",
+    "Unexpected end of template": "{% for m in messages %}{{ m.content }}",
+    "too short": chat.TEMPLATES["zephyr"] + "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_refuses_a_template_that_fails(plain_tokenizer: Any, what: str) -> None:
+    chat.apply_template(plain_tokenizer, FAILING[what])
+    with pytest.raises(UserError, match=f"fails on a plain conversation of user and assistant: {what}"):
         chat.check_template(plain_tokenizer)
 
 
