@@ -28,6 +28,8 @@ from mambalign.ops.backends import take_rows
 # (https://github.com/state-spaces/mamba#precision), and so do we: on loading, and on any later `.to(dtype)`.
 FP32_PARAMETERS = ("A_log", "D", "dt_proj.bias")
 FP32_PATTERNS = ["A_log", r"mixer\.D$", r"dt_proj\.bias"]
+# How other stacks mark a packed row. transformers' Mamba drops these without a word, and its documents leak.
+FOREIGN_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 
 
 @dataclass
@@ -66,6 +68,7 @@ class PackedMixer:
         bare = StepSizeProjection(self.time_step_rank, self.intermediate_size, device="meta")
         bare.weight, bare.bias = self.dt_proj.weight, self.dt_proj.bias
         self.dt_proj = bare
+        self._apply(lambda parameter: parameter)  # made in half precision where that is torch's default dtype
 
     def normalise(self, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Falcon-Mamba puts RMS norms here (arXiv 2410.05355, section 3.1)."""
@@ -78,16 +81,18 @@ class PackedMixer:
         assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
         conv_state, ssm_state = self._read(cache_params)
         x, z = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
+        silu = self.activation in ("silu", "swish")
         x, conv_state = causal_conv1d(
             x,
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
-            self.activation,
+            "silu" if silu else None,
             segments,
             conv_state,
             output_final_state=True,
             backend=self.backend,
         )
+        x = x if silu else self.act(x)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         delta, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
         y, ssm_state = selective_scan(
@@ -191,6 +196,15 @@ def _unpad(attention_mask: Tensor | None, rows: int, length: int) -> tuple[Segme
     return Segments.from_lengths(lengths), mask.flatten().nonzero()[:, 0]
 
 
+def _refuse_foreign_packing(others: dict[str, Any], attention_mask: Tensor | None) -> None:
+    marks = [name for name in FOREIGN_PACKING if others.get(name) is not None]
+    positions = others.get("position_ids")
+    if positions is not None and attention_mask is None and bool((positions.diff(dim=-1) < 0).any()):
+        marks.append("position_ids that start again")
+    if marks:
+        raise ValueError(f"{marks[0]} would be ignored; describe a packed row by segments=Segments(cu_seqlens)")
+
+
 class PackedModel:
     """The backbone; mixed into both families' transformers model classes."""
 
@@ -217,11 +231,13 @@ class PackedModel:
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         segments: Segments | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Any, ...] | MambaOutput:
         """Padded `[B, L]` with an optional mask (either side), or packed `[1, T]` with `segments`. Pads come out 0."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if segments is None:
+            _refuse_foreign_packing(others, attention_mask)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
@@ -232,7 +248,7 @@ class PackedModel:
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
         elif not use_cache and segments is not None and cache_params is not None:
-            raise ValueError("packed segments and a cache do not go together: give roots an initial state instead")
+            raise ValueError("segments and a cache do not go together: continue a cache with padded rows and a mask")
         real = None
         if segments is None:
             segments, real = _unpad(attention_mask, rows, length)
@@ -246,9 +262,9 @@ class PackedModel:
 
         def padded(packed: Tensor) -> Tensor:
             if real is None:
-                return packed.view(rows, length, -1)
+                return packed.view(rows, length, packed.shape[-1])
             out = packed.new_zeros(rows * length, packed.shape[-1])
-            return out.index_copy(0, real, packed[0]).view(rows, length, -1)
+            return out.index_copy(0, real, packed[0]).view(rows, length, packed.shape[-1])
 
         collected: list[Tensor] = []
         for block in self.layers:
@@ -312,7 +328,8 @@ class PackedCausalLM:
         Args:
             input_ids: int64 `[B, L]`, or packed `[1, T]` with `segments`.
             attention_mask: `[B, L]`, pads on either side; with a continued cache its last L columns count.
-            labels: shape of input_ids, -100 ignored; shifted along each token's own path, never across sequences.
+            labels: shape of input_ids, -100 ignored; shifted along each token's own path, never across sequences or
+                from a pad. The loss is their mean, or the sum by `num_items_in_batch` as in transformers.
             segments: boundaries and forks of a packed row.
             target_positions, target_ids: int64 `[M]`: the flat row (into `[B * L]`) whose hidden state predicts, and
                 what. Only these rows meet the head, and no logits are returned.
@@ -329,6 +346,7 @@ class PackedCausalLM:
             return_dict=True,
             attention_mask=attention_mask,
             segments=segments,
+            **kwargs,
         )
         hidden = outputs.last_hidden_state.to(self.lm_head.weight.dtype)
         loss = logits = logps = None
@@ -337,12 +355,15 @@ class PackedCausalLM:
         if target_positions is not None and target_ids is not None:
             predicting = take_rows(hidden.flatten(0, 1), target_positions)
             logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=self.backend)
-            loss = None if labels is None else -logps.mean()
+            if labels is not None:
+                count = kwargs.get("num_items_in_batch")
+                loss = -logps.mean() if count is None else -logps.sum() / count
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
             logits = logits.float() if logits.dtype.itemsize < 4 else logits
             if labels is not None:
+                labels = labels if attention_mask is None else _predicted(labels, attention_mask)
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutput(
             loss=loss,
@@ -352,6 +373,13 @@ class PackedCausalLM:
             logps=logps,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _predicted(labels: Tensor, attention_mask: Tensor) -> Tensor:
+    """Padded `labels` without those of pads and of tokens after a pad, which no token of the row predicts."""
+    real = attention_mask[:, -labels.shape[1] :].bool()
+    follows = nn.functional.pad(real[:, :-1], (1, 0))
+    return labels.masked_fill(~(real & follows), -100)
 
 
 def _targets_of(labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,27 @@ def test_logits_equal_transformers(both: tuple[Any, Any], side: str | None) -> N
     assert relative(got[mask.bool()], expected[mask.bool()]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_bias": True, "use_conv_bias": False, "conv_kernel": 2},
+        {"expand": 3, "time_step_rank": 7, "state_size": 1, "layer_norm_epsilon": 1e-3},
+        {"hidden_act": "swish", "residual_in_fp32": False, "tie_word_embeddings": False},
+        {"hidden_act": "gelu"},
+    ],
+    ids=str,
+)
+def test_every_shape_and_activation_equals_transformers(family: str, changes: dict[str, Any]) -> None:
+    _, theirs, ours = FAMILIES[family]
+    plain, model = (kind(config_of(family, **changes)).eval() for kind in (theirs, ours))
+    model.load_state_dict(plain.state_dict())
+    ids, mask = ids_and_mask("left")
+    options: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        assert relative(model(ids).logits, plain(ids).logits) < 1e-5
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
 def test_loss_hidden_states_and_gradients_equal_transformers(both: tuple[Any, Any]) -> None:
     theirs, ours = both
     ids, _ = ids_and_mask(None)
@@ -210,6 +231,27 @@ def test_labels_of_a_packed_row_never_cross_documents(both: tuple[Any, Any]) -> 
     assert abs(loss - sum(parts) / 7) < 1e-5
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_a_padded_batch_are_those_of_its_rows(both: tuple[Any, Any], side: str) -> None:
+    """transformers would also train the first token of a left-padded row, from the pad before it."""
+    model = both[1]
+    ids, mask = ids_and_mask(side)
+    rows = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
+    summed = sum(model(row, labels=row).loss * (row.shape[1] - 1) for row in rows if row.shape[1] > 1)
+    count = sum(row.shape[1] - 1 for row in rows)
+    for labels in (ids, ids.masked_fill(mask == 0, -100)):
+        assert abs(model(ids, attention_mask=mask, labels=labels).loss - summed / count) < 1e-5
+    packed, segments = torch.cat(rows, 1), Segments.from_lengths([row.shape[1] for row in rows])
+    for inputs in ({"input_ids": ids, "labels": ids, "attention_mask": mask},
+                   {"input_ids": packed, "labels": packed, "segments": segments}):  # fmt: skip
+        assert abs(model(**inputs, num_items_in_batch=7).loss - summed / 7) < 1e-4
+
+
+def test_a_row_without_tokens(both: tuple[Any, Any]) -> None:
+    ids = torch.empty(1, 0, dtype=torch.long)
+    assert both[1](ids, segments=Segments.from_lengths([])).logits.shape == (1, 0, V)
+
+
 def test_generate_equals_transformers(both: tuple[Any, Any]) -> None:
     theirs, ours = both
     ids, mask = ids_and_mask("left")
@@ -252,6 +294,8 @@ def test_state_parameters_stay_fp32(both: tuple[Any, Any], family: str, dtype: t
     exact = {n: p.clone() for n, p in ours.named_parameters() if n.endswith(FP32_PARAMETERS)}
     ours.save_pretrained(tmp_path / "saved")
     loaded = FAMILIES[family][2].from_pretrained(tmp_path / "saved", dtype=dtype)
+    built = FAMILIES[family][2]._from_config(ours.config, dtype=dtype)
+    assert all(p.dtype == torch.float32 for n, p in built.named_parameters() if n.endswith(FP32_PARAMETERS))
     for model in (loaded, ours.to(dtype), ours.half()):
         for name, parameter in model.named_parameters():
             if name.endswith(FP32_PARAMETERS):
@@ -313,6 +357,17 @@ def test_clear_errors(both: tuple[Any, Any]) -> None:
         model(ids, segments=Segments.from_lengths([6]), attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(ids, attention_mask=torch.ones(1, 4))
+    packed_elsewhere: dict[str, Any] = {
+        "cu_seq_lens_q": torch.tensor([0, 2, 6]),
+        "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]]),
+    }
+    for mark, value in packed_elsewhere.items():
+        for part in (model, model.backbone):
+            with pytest.raises(ValueError, match=f"{mark}.* would be ignored.*segments="):
+                part(ids, **{mark: value})
+        model(ids, segments=Segments.from_lengths([2, 4]), **{mark: value})
+    model(ids, position_ids=torch.arange(6)[None])
     with pytest.raises(ValueError, match="exactly one of"):
         model.backbone()
     with pytest.raises(ValueError, match="mambalign trains falcon_mamba, mamba"):
