@@ -16,9 +16,9 @@ import datasets
 import numpy as np
 
 from mambalign.data.preferences import tokenize_preferences
-from mambalign.data.sources import Source, load_source, parse_source, plain_message
+from mambalign.data.sources import MESSAGE_KEYS, Source, load_source, parse_source, plain_message
 from mambalign.data.tokenizing import TokenizedData, tokenize_sft, tokenize_text
-from mambalign.recipe import UserError, is_test_split
+from mambalign.recipe import UserError, is_test_split, nearest
 
 if TYPE_CHECKING:
     from mambalign.recipe import Recipe
@@ -58,7 +58,10 @@ def load_mix(recipe: Recipe, split_kind: str) -> datasets.Dataset:
     for source in sources:
         if source.weight == 0 and split_kind == "train":
             continue
-        for split, rows in load_source(source, splits, split_kind):
+        loaded = load_source(source, splits, split_kind)
+        if not loaded and split_kind == "train":
+            logger.info("dataset %s is for evaluation by its name: none of it is trained on", source.name)
+        for split, rows in loaded:
             rows = canonical_columns(rows, source, recipe)
             rows = rows.add_column("row_id", [f"{source.name}:{split}:{i}" for i in range(len(rows))])
             rng = np.random.default_rng([seed, zlib.crc32(f"{source.name}:{split}".encode())])
@@ -106,6 +109,8 @@ def _nothing_to_train_on(sources: list[Source], splits: list[str]) -> str:
         return (
             f"dataset_splits: {', '.join(named)} are for evaluation only, so nothing is left to train on; add another"
         )
+    if all(source.weight == 0 for source in sources):
+        return "nothing to train on: every dataset of dataset_mixer has the fraction 0"
     names = ", ".join(source.name for source in sources)
     return f"nothing to train on: {names} hold(s) evaluation data only, by name; say split: train if it is not"
 
@@ -132,7 +137,9 @@ def canonical_columns(rows: datasets.Dataset, source: Source, recipe: Recipe) ->
     keep = _schema_columns(list(rows.column_names), there, source, recipe)
     rows = rows.select_columns(keep)
     for name in keep:
-        if not (_is_text(rows.features[name]) or _is_messages(rows.features[name])):
+        feature = rows.features[name]
+        is_text = _is_text(feature) and (name != "messages" or feature.dtype == "null")
+        if not (is_text or _is_messages(feature)):
             rows = _mend(rows, name, source)
     return rows
 
@@ -155,7 +162,10 @@ def _renames(there: list[str], source: Source, recipe: Recipe) -> dict[str, str]
                 key = "text_column"
                 if recipe.schema != "text":
                     continue
-            raise UserError(f"{key}: dataset {source.name!r} has no column {column!r}; it has {', '.join(there)}")
+            raise UserError(
+                f"{key}: dataset {source.name!r} has no column {column!r}; it has {', '.join(there)}"
+                + nearest(column, there)
+            )
     if "conversations" in there and "messages" not in there and "messages" not in rename.values():
         rename["conversations"] = "messages"
     return rename
@@ -165,10 +175,12 @@ def _schema_columns(columns: list[str], there: list[str], source: Source, recipe
     schemas = SCHEMAS if recipe.schema == "auto" else {recipe.schema: SCHEMAS[recipe.schema]}
     found = {name for needed in schemas.values() if set(needed) <= set(columns) for name in needed}
     if not found:
-        needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in schemas.items())
+        wanted = {name: [recipe.text_column if n == "text" else n for n in needed] for name, needed in schemas.items()}
+        needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in wanted.items())
+        near = (nearest(column, there) for needed in wanted.values() for column in needed)
         raise UserError(
-            f"dataset {source.name!r} has the columns {', '.join(there)}, which fit no schema ({needs}); name them "
-            "with dataset_columns, a map of the wanted name to the dataset's"
+            f"dataset {source.name!r} has the columns {', '.join(there)}, which fit no schema ({needs})"
+            "; name them with dataset_columns, a map of the wanted name to the dataset's" + next(filter(None, near), "")
         )
     if "chosen" in found and "prompt" in columns:
         found.add("prompt")
@@ -191,8 +203,10 @@ def _mend(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset
     """
     feature = rows.features[name]
     is_mixed = type(feature).__name__ == "Json"  # the JSON reader's name for values of differing type
-    inner = getattr(feature, "feature", feature)  # of a list; older readers make a struct of lists of a list of structs
-    holds_messages = not is_mixed and (isinstance(inner, dict) or type(inner).__name__ == "Json")
+    inner = getattr(feature, "feature", None)
+    holds_messages = not is_mixed and (
+        isinstance(inner, dict) or type(inner).__name__ == "Json" or _is_struct_of_lists(feature)
+    )
     if is_mixed:
         texts, lists = (
             next((i for i, value in enumerate(rows[name]) if isinstance(value, kind)), None) for kind in (str, list)
@@ -203,9 +217,14 @@ def _mend(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset
                 f"{lists} (counted from 0); it must be one of them throughout"
             )
         holds_messages = lists is not None
-    if name == "text" if holds_messages else not is_mixed:
-        wanted = "text" if name == "text" else "text or a list of messages (role and content)"
-        raise UserError(f"dataset {source.name!r}: column {name!r} must hold {wanted}, it holds {str(feature)[:80]}")
+    if name == "text" if holds_messages else name == "messages" or not is_mixed:
+        wanted = [] if name == "messages" else ["text"]
+        wanted += [] if name == "text" else ["a list of messages (role and content)"]
+        held = "values of several kinds" if is_mixed else str(feature)[:80]
+        raise UserError(f"dataset {source.name!r}: column {name!r} must hold {' or '.join(wanted)}, it holds {held}")
+    unused = _other_keys(rows, name) if holds_messages else []
+    if unused:
+        logger.info("dataset %s: %s in the messages of %r is not used", source.name, ", ".join(unused), name)
     features = rows.features.copy()
     features[name] = _MESSAGES if holds_messages else datasets.Value("string")
     function = _plain_messages if holds_messages else _plain_text
@@ -216,11 +235,25 @@ def _plain_text(batch: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
     return {name: [value if isinstance(value, str) else None for value in batch[name]]}
 
 
+def _other_keys(rows: datasets.Dataset, name: str) -> list[str]:
+    """Keys of the first messages that a template does not see, such as `weight` or `tool_calls`."""
+    first = (messages for messages in rows.select_columns([name])[:100][name] if isinstance(messages, list))
+    keys = {key for messages in first for message in messages if isinstance(message, Mapping) for key in message}
+    return sorted(keys - set(MESSAGE_KEYS))
+
+
+def _is_struct_of_lists(feature: Any) -> bool:
+    """How older readers give a list of structs."""
+    return isinstance(feature, dict) and all(hasattr(inner, "feature") for inner in feature.values())
+
+
 def _plain_messages(batch: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
     plain = []
     for messages in batch[name]:
         if isinstance(messages, Mapping):
-            messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+            columns = [values or [] for values in messages.values()]
+            whole = len(set(map(len, columns))) == 1
+            messages = [dict(zip(messages, row, strict=True)) for row in zip(*columns, strict=True)] if whole else None
         plain.append([plain_message(message) for message in messages] if isinstance(messages, list) else None)
     return {name: plain}
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import errno
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from mambalign.recipe import UserError, is_test_split, nearest
 
 logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+MESSAGE_KEYS = ("role", "content", "from", "value")  # the latter two are ShareGPT's
 _ENTRY_KEYS = ("fraction", "weight", "max_samples", "split", "splits", "config", "columns", "data_files", "revision")
 
 
@@ -49,7 +53,7 @@ def parse_source(name: str, entry: Any, config: str | None = None) -> Source:
     source column); `data_files` and `revision` (hub only). They apply to training splits; test splits are read whole.
 
     Raises:
-        UserError: unknown key, or a number out of range.
+        UserError: unknown key, a number out of range, or a value of the wrong type.
     """
     where = f"dataset_mixer.{name}"
     if isinstance(entry, Mapping):
@@ -57,8 +61,9 @@ def parse_source(name: str, entry: Any, config: str | None = None) -> Source:
         if unknown:
             hint = nearest(unknown[0], _ENTRY_KEYS) or f"; known are {', '.join(_ENTRY_KEYS)}"
             raise UserError(f"{where}: unknown key {unknown[0]!r}{hint}")
-        if "fraction" in entry and "weight" in entry:
-            raise UserError(f"{where}: give fraction or weight, not both")
+        for one, other in (("fraction", "weight"), ("split", "splits")):
+            if one in entry and other in entry:
+                raise UserError(f"{where}: give {one} or {other}, not both")
         options = dict(entry)
     else:
         options = {"fraction": entry}
@@ -66,14 +71,20 @@ def parse_source(name: str, entry: Any, config: str | None = None) -> Source:
     max_samples = options.get("max_samples")
     if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
         raise UserError(f"{where}.max_samples: {max_samples!r} must be a whole number of rows, at least 1")
-    splits = options.get("splits", options.get("split"))
+    splits = options.get("splits", options.get("split")) or []
+    splits = [splits] if isinstance(splits, str) else splits
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise UserError(f"{where}: splits {splits!r} must be a name or a list of names")
+    columns = options.get("columns") or {}
+    if not isinstance(columns, Mapping) or not all(isinstance(column, str) for column in columns.values()):
+        raise UserError(f"{where}.columns: {columns!r} must be a map of the wanted name to the dataset's")
     return Source(
         name=name,
         weight=weight,
         max_samples=max_samples,
-        splits=(splits,) if isinstance(splits, str) else tuple(splits) if splits else None,
+        splits=tuple(splits) or None,
         config=options.get("config", config),
-        columns=dict(options.get("columns") or {}),
+        columns=dict(columns),
         data_files=options.get("data_files"),
         revision=options.get("revision"),
     )
@@ -81,7 +92,7 @@ def parse_source(name: str, entry: Any, config: str | None = None) -> Source:
 
 def _number(where: str, key: str, options: Mapping[str, Any]) -> float:
     value = options.get(key, 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise UserError(f"{where}: {key} {value!r} must be a number, 0 (none of its training rows) or more")
     if key == "fraction" and value > 1:
         raise UserError(
@@ -104,6 +115,7 @@ def load_source(source: Source, recipe_splits: Iterable[str], kind: str) -> list
     """
     path = Path(source.name).expanduser()
     if path.exists():
+        _refuse_hub_only(source, recipe_splits)
         parts = _load_local(source, path, list(recipe_splits), kind)
     elif _looks_local(source.name):
         raise UserError(_missing(path))
@@ -115,6 +127,18 @@ def load_source(source: Source, recipe_splits: Iterable[str], kind: str) -> list
     return parts
 
 
+def _refuse_hub_only(source: Source, recipe_splits: Iterable[str]) -> None:
+    for key in ("data_files", "revision"):
+        if getattr(source, key) is not None:
+            raise UserError(f"dataset_mixer.{source.name}: {key} is for datasets of the hub, this one is a path")
+    for split in source.splits or recipe_splits:
+        if "[" in split:
+            raise UserError(
+                f"dataset {source.name!r}: a slice such as {split!r} can only be taken of datasets of the hub; write "
+                "the split's name and give a fraction or max_samples"
+            )
+
+
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or "\\" in name or name.count("/") > 1
 
@@ -123,7 +147,9 @@ def _missing(path: Path) -> str:
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
-    names = sorted(entry.name for entry in islice(parent.iterdir(), 1000)) if parent.is_dir() else []
+    if not parent.is_dir():
+        return f"dataset_mixer: {path.name!r} does not exist in {parent}, which is a file"
+    names = sorted(entry.name for entry in islice(parent.iterdir(), 1000))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
     there = f"; there is {', '.join(near)}" if near else "; the folder is empty"
     return f"dataset_mixer: {path.name!r} does not exist in {parent}{there}"
@@ -199,19 +225,28 @@ def _load_hub(source: Source, wanted: list[str], kind: str) -> list[tuple[str, d
             rows = datasets.load_dataset(
                 source.name, source.config, split=split, data_files=source.data_files, revision=source.revision
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # no such split or configuration, a dataset that is a script
             if kind == "test" and "split" in str(error).lower():
                 logger.info("dataset %s has no split %s to evaluate on: %s", source.name, split, error)
                 continue
             raise UserError(f"dataset {source.name!r}, split {split!r}: {error}") from error
-        except (DatasetNotFoundError, DatasetGenerationError, OSError) as error:  # offline, time-out, full disk
+        except (DatasetsError, OSError) as error:  # no such dataset, no access, offline, malformed data
+            cause = _cause(error)
             raise UserError(
                 f"dataset {source.name!r} is neither a file or folder here nor could it be read from the hub "
-                f"({type(error).__name__}: {_first_line(error)}); check the name, the network and your access, or give "
+                f"({type(cause).__name__}: {_first_line(cause)}); check the name, the network and your access, or give "
                 "a local path"
             ) from error
         parts.append((split, rows))
     return parts
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong beneath the datasets library's wrapping; a full disk is raised as what it is."""
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        raise cause
+    return cause
 
 
 def _first_line(error: BaseException) -> str:
@@ -227,8 +262,13 @@ def read_files(paths: list[Path]) -> datasets.Dataset:
     Raises:
         UserError: a file is malformed (JSON: names the line), empty, or its columns change type beyond repair.
     """
-    kinds = {READERS.get(path.suffix) for path in paths}
-    if None in kinds or len(kinds) > 1:
+    for path in paths:
+        if path.suffix not in READERS:
+            raise UserError(
+                f"cannot read {path}: a data file ends in {', '.join(READERS)}, this one in {path.suffix!r}"
+            )
+    kinds = {READERS[path.suffix] for path in paths}
+    if len(kinds) > 1:
         names = ", ".join(path.name for path in paths)
         raise UserError(f"cannot read {names}: all files of a split must be of one kind of {', '.join(READERS)}")
     for path in paths:
@@ -236,13 +276,16 @@ def read_files(paths: list[Path]) -> datasets.Dataset:
             raise UserError(f"{path}: the file is empty")
     reader = kinds.pop()
     try:
-        return datasets.load_dataset(reader, data_files=[str(p) for p in paths], split="train")
+        rows = datasets.load_dataset(reader, data_files=[str(p) for p in paths], split="train")
+        if reader == "json":
+            rows.data.table.validate(full=True)  # its reader takes bytes that are no UTF-8
+        return rows
     except (DatasetGenerationError, ValueError, TypeError) as error:
+        cause = _cause(error)
         if reader == "json":
             return read_json_slowly(paths)
         if "corresponds to no data" in str(error):
             raise UserError(f"{', '.join(map(str, paths))}: there are no rows") from error
-        cause = error.__cause__ or error
         raise UserError(f"cannot read {', '.join(map(str, paths))}: {_first_line(cause)}") from error
 
 
@@ -277,12 +320,12 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a JSON-lines file, or of a `.json` file that holds one array (lines are then row numbers).
 
     Raises:
-        UserError: naming file and line of what is not JSON, or not an object.
+        UserError: naming file and line of what is not UTF-8, not JSON, or not an object.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        start = file.read(1024).lstrip()[:1]
+    with path.open("rb") as file:
+        start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         file.seek(0)
-        if start == "[":
+        if start == b"[":
             entries: Iterable[tuple[int, Any]] = enumerate(_decode(path, file.read(), 0), start=1)
         else:
             lines = ((number, line.rstrip()) for number, line in enumerate(file, start=1) if line.strip())
@@ -293,7 +336,15 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _decode(path: Path, text: str, line: int) -> Any:
+def _decode(path: Path, raw: bytes, line: int) -> Any:
+    """The JSON of one line, or of a whole file where `line` is 0."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = line or raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: not UTF-8 text, at byte {raw[error.start]:#x}; save the file as UTF-8"
+        ) from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -306,11 +357,15 @@ def _decode(path: Path, text: str, line: int) -> Any:
 
 def _plain(value: Any) -> str | list[dict[str, str | None]] | None:
     """The value as text or as a conversation of text, None where it is neither."""
-    if isinstance(value, str):
-        return value
     if isinstance(value, list):
         return [plain_message(message) for message in value]
-    return None
+    return _text(value)
+
+
+def _text(value: Any) -> str | None:
+    """The value if it is text: JSON can spell half a surrogate pair, which no encoding of text has."""
+    is_text = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    return value if is_text else None
 
 
 def plain_message(message: Any) -> dict[str, str | None]:
@@ -320,7 +375,7 @@ def plain_message(message: Any) -> dict[str, str | None]:
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     role = {"human": "user", "gpt": "assistant"}.get(role, role) if isinstance(role, str) else None
-    return {"role": role, "content": content if isinstance(content, str) else None}
+    return {"role": role, "content": _text(content)}
 
 
 def _type_name(value: Any) -> str:

@@ -253,7 +253,7 @@ FAILING = {
     "TypeError: can only concatenate": "{% generation %}{{ messages[0].content + 5 }}{% endgeneration %}",
     "ZeroDivisionError": "{% for m in messages %}{{ m.content }}{% endfor %}{{ 1 / 0 }}",
     "Unexpected end of template": "{% for m in messages %}{{ m.content }}",
-    "too short": chat.TEMPLATES["zephyr"] + "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}",
+    "too short": "{% if not messages[1:] %}{{ raise_exception('too short') }}{% endif %}" + chat.TEMPLATES["zephyr"],
 }
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -65,6 +69,12 @@ def test_split_of_file(name: str, split: str) -> None:
         ({"weight": 2, "fraction": 1}, "give fraction or weight, not both"),
         ({"max_samples": 0.5}, "max_samples: 0.5 must be a whole number"),
         ({"max_samples": 0}, "max_samples: 0 must be a whole number"),
+        ({"weight": float("inf")}, "weight inf must be a number"),
+        ({"split": "train", "splits": ["train"]}, "give split or splits, not both"),
+        ({"splits": 5}, "splits 5 must be a name or a list of names"),
+        ({"split": [1]}, r"splits \[1\] must be a name or a list of names"),
+        ({"columns": ["text"]}, r"dataset_mixer.d.columns: \['text'\] must be a map"),
+        ({"columns": {"text": 3}}, "dataset_mixer.d.columns: .* must be a map"),
     ],
 )
 def test_wrong_entries(entry: Any, message: str) -> None:
@@ -148,11 +158,13 @@ def test_a_mix_of_formats(tmp_path: Path, write_jsonl: Callable[..., Path], make
 
 
 def test_a_file_named_test_is_never_trained_on(
-    write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]
+    write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     train, test = write_jsonl("data.jsonl", chats(3)), write_jsonl("data_test.jsonl", chats(2, "t"))
     recipe = make_recipe(dataset_mixer={str(train): 1.0, str(test): 1.0})
-    assert len(load_mix(recipe, "train")) == 3
+    with caplog.at_level(logging.INFO, logger="mambalign"):
+        assert len(load_mix(recipe, "train")) == 3
+    assert f"dataset {test} is for evaluation by its name: none of it is trained on" in caplog.text
     assert asked(load_mix(recipe, "test")) == ["t0", "t1"]
     with pytest.raises(UserError, match=r"nothing to train on: .*data_test.jsonl hold"):
         load_mix(make_recipe(dataset_mixer={str(test): 1.0}), "train")
@@ -166,14 +178,34 @@ def test_no_test_split_is_no_rows(folder: Path, make_recipe: Callable[..., Any])
     assert len(load_mix(recipe, "train")) == 10
 
 
-def test_sharegpt_and_extra_message_keys(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
+def test_sharegpt_and_extra_message_keys(
+    write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     sharegpt = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]
     extra = [{"messages": [{"role": "user", "content": "x", "id": 3}, {"content": "y", "role": "assistant", "id": 4}]}]
     mixer = {str(write_jsonl("share.jsonl", sharegpt)): 1.0, str(write_jsonl("extra.jsonl", extra)): 1.0}
-    rows = load_mix(make_recipe(dataset_mixer=mixer), "train")
+    with caplog.at_level(logging.INFO, logger="mambalign"):
+        rows = load_mix(make_recipe(dataset_mixer=mixer), "train")
+    assert "extra.jsonl: id in the messages of 'messages' is not used" in caplog.text
+    assert "share.jsonl" not in caplog.text
     expected = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     assert sorted((m for m in rows["messages"]), key=str)[0] == expected
     assert all(set(message) == {"role", "content"} for messages in rows["messages"] for message in messages)
+
+
+def test_conversations_as_structs_of_lists(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
+    """Of unequal lists nobody knows who said what: the row is empty, and tokenisation skips it."""
+    roles = ["user", "assistant"]
+    structs = [
+        {"role": roles, "content": ["x", "y"]},
+        {"role": roles, "content": ["z"]},
+        {"role": roles, "content": None},
+        None,
+    ]
+    path = str(write_jsonl("structs.jsonl", [{"messages": struct} for struct in structs]))
+    rows = load_mix(make_recipe(dataset_mixer={path: 1.0}), "train")
+    found = [messages for messages in rows["messages"] if messages]
+    assert found == [[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]]
 
 
 def test_columns_are_renamed(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
@@ -238,6 +270,52 @@ def test_missing_file_names_the_nearest(folder: Path, make_recipe: Callable[...,
     assert "'tset_sft.jsonl' does not exist in" in message and "there is test_sft.jsonl" in message
     message = error_of(make_recipe(dataset_mixer={str(folder / "no" / "such" / "train.jsonl"): 1.0}))
     assert f"'no' does not exist in {folder}" in message
+    message = error_of(make_recipe(dataset_mixer={str(folder / "test_sft.jsonl" / "x.jsonl"): 1.0}))
+    assert "'x.jsonl' does not exist in" in message and message.endswith("test_sft.jsonl, which is a file")
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        ({"split": "train_sft[:10]"}, "a slice such as 'train_sft[:10]' can only be taken of datasets of the hub"),
+        ({"data_files": "x.jsonl"}, "data_files is for datasets of the hub, this one is a path"),
+        ({"revision": "main"}, "revision is for datasets of the hub"),
+    ],
+)
+def test_what_only_the_hub_has(folder: Path, make_recipe: Callable[..., Any], entry: dict[str, Any], what: str) -> None:
+    for path in (folder, folder / "test_sft.jsonl"):
+        assert what in error_of(make_recipe(dataset_mixer={str(path): entry}))
+
+
+HUB_FAILURES = [
+    RuntimeError("Dataset scripts are no longer supported, but found old.py"),
+    ValueError("BuilderConfig 'x' not found"),
+    datasets.exceptions.NonMatchingSplitsSizesError("50 rows instead of 60"),
+]
+
+
+@pytest.mark.parametrize("failure", HUB_FAILURES, ids=lambda failure: type(failure).__name__)
+def test_hub_failures_are_sentences(
+    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=failure))
+    message = error_of(make_recipe(dataset_mixer={"some/where": 1.0}))
+    assert "dataset 'some/where'" in message and str(failure) in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "hub/id"])
+def test_a_full_disk_is_not_blamed_on_the_data(
+    write_jsonl: Callable[..., Path],
+    make_recipe: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    path = write_jsonl(name, chats(2)) if name.endswith("jsonl") else name
+    failure = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+    failure.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=failure))
+    with pytest.raises(OSError, match="No space left"):
+        load_mix(make_recipe(dataset_mixer={str(path): 1.0}), "train")
 
 
 def test_hub_dataset_without_network(make_recipe: Callable[..., Any]) -> None:
@@ -259,7 +337,7 @@ def test_only_evaluation_splits(folder: Path, make_recipe: Callable[..., Any]) -
 def test_empty_mixer_and_zero_fractions(folder: Path, make_recipe: Callable[..., Any]) -> None:
     assert "dataset_mixer: no dataset is named" in error_of(make_recipe())
     recipe = make_recipe(dataset_mixer={str(folder): 0}, dataset_splits=["train_sft", "test_sft"])
-    assert "nothing to train on" in error_of(recipe)
+    assert "nothing to train on: every dataset of dataset_mixer has the fraction 0" in error_of(recipe)
     assert len(load_mix(recipe, "test")) == 5
 
 
@@ -271,6 +349,12 @@ def test_missing_column_names_those_there(write_jsonl: Callable[..., Path], make
     assert "dataset_columns: dataset" in message and "has no column 'chat'; it has" in message
     message = error_of(make_recipe(dataset_mixer={path: {"columns": {"text": "body"}}}))
     assert "columns: dataset" in message and "has no column 'body'" in message
+    near = str(write_jsonl("near.jsonl", [{"mesages": []}]))
+    assert error_of(make_recipe(dataset_mixer={near: 1.0})).endswith("did you mean 'mesages'?")
+    message = error_of(make_recipe(dataset_mixer={near: {"columns": {"messages": "message"}}}))
+    assert "has no column 'message'; it has mesages; did you mean 'mesages'?" in message
+    message = error_of(make_recipe(dataset_mixer={path: 1.0}, text_column="answr"))
+    assert "text needs answr" in message and "did you mean 'answer'?" in message
     message = error_of(make_recipe(dataset_mixer={path: 1.0}, dataset_columns={"mesages": "question"}))
     assert "'mesages' is not one of chosen, completion, messages" in message
     message = error_of(make_recipe(dataset_mixer={path: 1.0}, schema="text", text_column="body"))
@@ -280,8 +364,13 @@ def test_missing_column_names_those_there(write_jsonl: Callable[..., Path], make
 def test_column_of_the_wrong_kind(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
     path = str(write_jsonl("n.jsonl", [{"text": 3}]))
     assert "column 'text' must hold text" in error_of(make_recipe(dataset_mixer={path: 1.0}))
-    path = str(write_jsonl("m.jsonl", [{"messages": 3}]))
-    assert "column 'messages' must hold text or a list of messages" in error_of(make_recipe(dataset_mixer={path: 1.0}))
+    single = chats(1)[0]["messages"][0]
+    for wrong in (3, "text", str(chats(1)[0]["messages"]), single):
+        path = str(write_jsonl("m.jsonl", [{"messages": wrong}]))
+        message = error_of(make_recipe(dataset_mixer={path: 1.0}))
+        assert "column 'messages' must hold a list of messages (role and content), it holds" in message
+    path = str(write_jsonl("c.jsonl", [{"chosen": single, "rejected": single}]))
+    assert "column 'chosen' must hold text or a list of messages" in error_of(make_recipe(dataset_mixer={path: 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +387,35 @@ def test_malformed_line(
     path = write_jsonl("bad.jsonl", [*chats(3), line, *chats(1)])
     message = error_of(make_recipe(dataset_mixer={str(path): 1.0}))
     assert f"{path}:4: {what}" in message
+
+
+def test_lines_are_counted_after_a_byte_order_mark(
+    write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]
+) -> None:
+    path = write_jsonl("bom.jsonl", ["\ufeff" + json.dumps(chats(1)[0]), "", '{"messages": [tru'])
+    assert f"{path}:3: malformed JSON" in error_of(make_recipe(dataset_mixer={str(path): 1.0}))
+
+
+@pytest.mark.parametrize(("name", "start", "end"), [("l.jsonl", "", ""), ("a.json", "[", "]")])
+def test_text_that_is_not_utf8(
+    tmp_path: Path, make_recipe: Callable[..., Any], name: str, start: str, end: str
+) -> None:
+    path = tmp_path / name
+    rows = ('{"text": "plain"}', '{"text": "na\u00efve"}')
+    path.write_bytes((start + (",\n" if start else "\n").join(rows) + end).encode("latin-1"))
+    assert f"{path}:2: not UTF-8 text, at byte 0xef" in error_of(make_recipe(dataset_mixer={str(path): 1.0}))
+
+
+def test_half_a_surrogate_pair_is_no_text(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
+    path = write_jsonl("s.jsonl", ['{"text": "\\ud83d"}', '{"text": "\\ud83d\\ude00"}'])
+    assert sorted(load_mix(make_recipe(dataset_mixer={str(path): 1.0}), "train")["text"], key=str) == [None, "😀"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl.gz"])
+def test_files_of_no_known_kind(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any], name: str) -> None:
+    path = write_jsonl(name, chats(1))
+    message = error_of(make_recipe(dataset_mixer={str(path): 1.0}))
+    assert f"cannot read {path}: a data file ends in .jsonl, .json, .parquet, .arrow, this one in" in message
 
 
 def test_malformed_line_of_a_large_file(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
