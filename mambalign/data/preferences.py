@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from mambalign.data import chat
-from mambalign.data.rows import ChatRules, PlainText, Skip, conversation_notes, render_or_skip
+from mambalign.data.rows import ChatRules, PlainText, Skip, continued, conversation_notes, render_or_skip
 from mambalign.data.tokenizing import IDS, MASK, Row, TokenizedData, as_batch, require_columns, run
 from mambalign.recipe import UserError
 
@@ -81,7 +81,7 @@ class PairTokenizer:
             raise Skip("prompt_not_a_prefix")
         apart = not all(whole)
         opening = given if given and apart else []
-        turns = [self.rules.read([*opening, *(side or [])]) for side in (chosen, rejected)]
+        turns = [self.rules.read(continued(opening, side or [])) for side in (chosen, rejected)]
         if any(side[-1]["role"] != "assistant" for side in turns):
             raise Skip("last_turn_not_assistant")
         row.notes += sorted({note for side in turns for note in conversation_notes(side, self.control)})

@@ -23,7 +23,7 @@ SKIPS = {
     "not_text": "a content, prompt or completion that is missing or not text",
     "empty_text": "a document without a token",
     "refused_by_template": "the chat template raises an error",
-    "prompt_not_a_prefix": "the rendered prompt is not the beginning of the rendered conversation",
+    "prompt_not_a_prefix": "the prompt is not the beginning of the conversation, or only of one of the two",
     "chosen_equals_rejected": "nothing to prefer, before or after truncation",
     "empty_completion": "one completion is only the beginning of the other",
     "too_long": "over the budget, and truncation is drop",
@@ -82,12 +82,25 @@ class ChatRules:
         return turns
 
     def as_messages(self, value: Any, role: str) -> Any:
-        """Text as one message of `role`; messages as they are."""
-        return [{"role": role, "content": value}] if isinstance(value, str) else value
+        """Text as one message of `role`; messages as they are, a missing one as a message without role and content."""
+        if isinstance(value, str):
+            return [{"role": role, "content": value}]
+        return [message or {} for message in value] if value else value
 
     def is_chat(self, *values: Any) -> bool:
         """Whether these values are a conversation: messages, or text that the recipe's chat_template is to wrap."""
         return self.wrap_text or any(value is not None and not isinstance(value, str) for value in values)
+
+
+def continued(prompt: Sequence[Mapping[str, str]], answer: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The prompt's messages and those after it.
+
+    Raises:
+        Skip: the prompt ends in a question and what follows asks anew, so it does not continue the prompt.
+    """
+    if prompt and answer and prompt[-1].get("role") == "user" and answer[0].get("role") in ("system", "user"):
+        raise Skip("prompt_not_a_prefix")
+    return [*prompt, *answer]
 
 
 def render_or_skip(tokenizer: Any, messages: Sequence[chat.Message], *, answer_next: bool = False) -> chat.Rendered:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
 from mambalign.data import chat
-from mambalign.data.rows import SKIPS, ChatRules, PlainText, Skip, conversation_notes, render_or_skip
+from mambalign.data.rows import SKIPS, ChatRules, PlainText, Skip, continued, conversation_notes, render_or_skip
 from mambalign.recipe import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the code below: part of the cache key, raise it when the output changes
+_VERSION = 3  # of the code below: part of the cache key, raise it when the output changes
 IDS = datasets.List(datasets.Value("int32"))
 MASK = datasets.List(datasets.Value("int8"))
 _ACCOUNT = {
@@ -105,8 +105,8 @@ class SequenceTokenizer:
         encoded = chat.encode_rendered(self.tokenizer, [item[-1] for item in waiting])
         for (place, row, given, _), tokens in zip(waiting, encoded, strict=True):
             mask = list(tokens.mask) if self.assistant_only else [1] * len(tokens.ids)
-            if given is not None:
-                first = tokens.regions[given][0]
+            if given is not None:  # a template may leave an empty turn out
+                first = tokens.regions[given][0] if given < len(tokens.regions) else len(mask)
                 mask[:first] = [0] * first
             rows[place] = self._cut(row, tokens.ids, mask, is_text=False)
         return as_batch(rows, ("input_ids", "loss_mask"))
@@ -121,8 +121,8 @@ class SequenceTokenizer:
         if messages is None:
             prompt = self.rules.as_messages(values.get("prompt"), "user") or []
             given = sum(turn.get("role") == "assistant" for turn in prompt)
-            messages = prompt + self.rules.as_messages(values["completion"], "assistant")
-        turns = self.rules.read(messages)
+            messages = continued(prompt, self.rules.as_messages(values["completion"], "assistant"))
+        turns = self.rules.read(self.rules.as_messages(messages, "user"))
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
         if last < len(turns) - 1:
             row.notes.append("trailing_turns_cut")

@@ -160,6 +160,20 @@ def test_only_one_side_holds_the_prompt(tokenize: Any, turns: Any, layouts: dict
     assert tokenize([layouts["whole, prompt as messages"], mixed]).report["skipped/prompt_not_a_prefix"] == 1
 
 
+def test_sides_that_ask_again_do_not_continue_the_prompt(tokenize: Any, turns: Any, layouts: dict[str, Any]) -> None:
+    """Rendered as it stands, the question would be asked twice."""
+    good = layouts["whole, prompt as messages"]
+    asked_again = {**good, "prompt": turns("s:Be kind.", "u:Hi")}
+    longer = {**good, "prompt": turns("u:Hi", "a:Good", "u:And?")}
+    assert tokenize([good, asked_again, longer]).report["skipped/prompt_not_a_prefix"] == 2
+
+
+def test_missing_messages(tokenize: Any, turns: Any, layouts: dict[str, Any]) -> None:
+    for layout in ("ultrafeedback", "whole conversations"):
+        bad = {**layouts[layout], "chosen": [None, *turns("a:Yes")]}
+        assert tokenize([layouts[layout], bad]).report["skipped/unknown_role"] == 1
+
+
 def test_all_pairs_skipped_is_an_error(tokenize: Any, turns: Any) -> None:
     same = {"chosen": turns("u:Hi", "a:Yes"), "rejected": turns("u:Hi", "a:Yes")}
     with pytest.raises(UserError, match="none of the 2 rows can be used: 2 x chosen_equals_rejected"):

@@ -110,6 +110,8 @@ def test_content_that_is_not_text(tokenizer: Any, turns: Any, as_dataset: Any, m
     assert data.report["skipped/not_text"] == 1
     rows = as_dataset([{"messages": turns("u:a", "a:b")}, {"messages": None}])
     assert tokenize_sft(rows, tokenizer, make_recipe()).report["skipped/empty_conversation"] == 1
+    rows = as_dataset([{"messages": turns("u:a", "a:b")}, {"messages": [None, *turns("a:b")]}])
+    assert tokenize_sft(rows, tokenizer, make_recipe()).report["skipped/unknown_role"] == 1
 
 
 def test_a_row_that_the_template_refuses(plain_tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any) -> None:
@@ -201,6 +203,25 @@ def test_answers_in_the_prompt_are_not_trained(
     trained = decoded(tokenizer, data.dataset[0])
     assert trained.startswith(f"Done{EOS}") and f"End{EOS}" in trained and "Hello" not in trained
     assert ("<|user|>" in trained) is not assistant_only
+
+
+def test_a_completion_that_repeats_its_prompt(tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any) -> None:
+    """Rendered as it stands, the question would be asked twice."""
+    good = {"prompt": turns("u:Hi", "a:Hello"), "completion": turns("u:And?", "a:Done")}
+    rows = as_dataset([good, {"prompt": turns("u:Hi"), "completion": turns("u:Hi", "a:Hello")}])
+    assert tokenize_sft(rows, tokenizer, make_recipe()).report["skipped/prompt_not_a_prefix"] == 1
+
+
+def test_a_template_that_leaves_empty_turns_out(
+    plain_tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any
+) -> None:
+    template = chat.TEMPLATES["zephyr"].replace("in messages %}", "in messages if message['content'] %}")
+    chat.apply_template(plain_tokenizer, template)
+    prompt = turns("u:Hi", "a:Hello", "u:More")
+    rows = as_dataset([{"prompt": prompt, "completion": turns(answer)} for answer in ("a:Done", "a:")])
+    data = tokenize_sft(rows, plain_tokenizer, make_recipe())
+    assert data.report["skipped/nothing_trained"] == 1
+    assert decoded(plain_tokenizer, data.dataset[0]) == f"Done{EOS}"
 
 
 def test_rows_of_several_schemas(tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any) -> None:
