@@ -82,6 +82,12 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
     def _pack(self, seed: int) -> list[list[int]]:
         if self.max_length is None:
             raise UserError("packing: true needs max_length, the tokens of a packed row; set it, or packing: false")
+        if self._tokens.max(initial=0) > self.max_length:
+            longest = int(self._tokens.argmax())
+            raise UserError(
+                f"max_length: row {self._row_ids[longest] if self._row_ids else longest} of {self._tokens[longest]} "
+                f"tokens does not fit a packed row of {self.max_length}; tokenize with this max_length"
+            )
         shuffled = np.random.default_rng(seed).permutation(self._tokens.size)
         bins = best_fit_decreasing(self._tokens[shuffled].tolist(), self.max_length)
         return [sorted(shuffled[items].tolist()) for items in bins]

@@ -141,6 +141,16 @@ def test_a_row_needs_a_budget() -> None:
         PackedRows(sequences([5]), max_length=None, kind="sequences", seed=0)
 
 
+def test_an_example_over_the_budget_is_named() -> None:
+    with pytest.raises(UserError, match=r"max_length: row d:train:1 of 9 tokens does not fit a packed row of 8"):
+        PackedRows(sequences([5, 9, 7]), max_length=8, kind="sequences", seed=0)
+
+
+def test_no_examples_are_no_rows() -> None:
+    rows = PackedRows(sequences([]), max_length=8, kind="sequences", seed=0)
+    assert len(rows) == 0 and rows.lengths() == [] and rows.fill == 1.0
+
+
 def test_epochs_are_permutations_of_their_own() -> None:
     sampler = EpochSampler(50, seed=7)
     orders = []
