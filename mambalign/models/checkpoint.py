@@ -59,6 +59,8 @@ def load_model(
 
     >>> model = load_model("state-spaces/mamba-130m")  # doctest: +SKIP
     """
+    if "torch_dtype" in hf_kwargs:
+        raise UserError(f"torch_dtype is called dtype now: pass dtype={hf_kwargs['torch_dtype']!r}")
     wanted = _dtype(dtype)
     hub = {key: hf_kwargs.pop(key) for key in files.HUB_OPTIONS if key in hf_kwargs}
     folder = files.resolve_folder(path, revision, **hub)
@@ -148,7 +150,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], to: Layout
     """
     _check_layout(to)
     target = Path(dst).expanduser()
-    if target.is_dir() and any(target.iterdir()):
+    if not files.is_vacant(target):
         raise UserError(f"{target} is not empty; convert writes a new folder, give another name")
     model = load_model(src, dtype="auto", **hub)
     with files.replaced_folder(target) as staging:
@@ -157,8 +159,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], to: Layout
         else:
             original.write_original(model, staging, as_it_came=True)
         difference = _prove_equal(model, staging, src)
-        if files.is_local(src):
-            _carry_files(Path(src).expanduser(), staging)
+        _carry_files(src, staging, **hub)
         written = files.weight_files(staging)
         report = ConversionReport(
             source=os.fspath(src),
@@ -294,6 +295,9 @@ def _from_pretrained(
         raise UserError(
             f"the weights in {source} do not fit the model that config.json describes: {'; '.join(problems[:3])}{more}"
         )
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is not embedding and head.data_ptr() == embedding.data_ptr():
+        head.data = head.data.clone()  # a .bin keeps equal tensors as one; trained apart, they must not share memory
     if config.tie_word_embeddings and not original.is_tied(model):
         raise UserError(
             f"{source}: lm_head.weight differs from backbone.embeddings.weight though the config ties them; if the "
@@ -303,11 +307,18 @@ def _from_pretrained(
 
 
 def _stored_dtype(specs: dict[str, files.TensorSpec], source: Path) -> torch.dtype:
-    """The narrowest dtype that holds every stored tensor exactly, those apart that are float32 in any case."""
+    """The narrowest dtype that holds every stored tensor exactly, given that some are float32 in any case."""
     for name, spec in specs.items():
         if spec.dtype is None:
-            raise UserError(f"{source}: {name} is not of a floating-point type; a quantised checkpoint cannot be read")
-    dtypes = [spec.dtype for name, spec in specs.items() if spec.dtype and not name.endswith(FP32_PARAMETERS)]
+            raise UserError(
+                f"{source}: {name} is not of a floating-point type from 16 to 64 bits; "
+                "a quantised checkpoint cannot be read"
+            )
+    dtypes = [
+        spec.dtype
+        for name, spec in specs.items()
+        if spec.dtype and (spec.dtype == torch.float64 or not name.endswith(FP32_PARAMETERS))
+    ]
     if not dtypes:
         raise UserError(f"{source}: no weights of a model in it")
     return reduce(torch.promote_types, dtypes)
@@ -344,10 +355,16 @@ def _check_layout(layout: str) -> None:
         raise UserError(f"layout {layout!r} is unknown; it must be {' or '.join(map(repr, LAYOUTS))}")
 
 
-def _carry_files(source: Path, staging: Path) -> None:
+def _carry_files(src: str | os.PathLike[str], staging: Path, revision: str | None = None, **options: Any) -> None:
+    """Copy the tokenizer's files of `src`, a folder or a hub id, as they are."""
+    hub = {key: options[key] for key in files.HUB_OPTIONS if key in options}
     for name in _CARRIED_FILES:
-        if (source / name).is_file() and not (staging / name).exists():
-            shutil.copyfile(source / name, staging / name)
+        if files.is_local(src):
+            found: Path | None = Path(src).expanduser() / name
+        else:
+            found = files.fetch(os.fspath(src), name, revision, hub, optional=True)
+        if found and found.is_file() and not (staging / name).exists():
+            shutil.copyfile(found, staging / name)
 
 
 def _notes(folder: Path, written: list[Path], layout: Layout) -> tuple[str, ...]:

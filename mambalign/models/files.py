@@ -32,6 +32,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _STAGING = ".incomplete-save"
+_LFS_POINTER = b"version https://git-lfs"
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -105,7 +106,7 @@ def weight_files(folder: Path, names: Iterable[str] = (SAFETENSORS, TORCH_BIN)) 
 def shard_names(index: Path) -> list[str]:
     """The weight files that an index names, in order."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{index}: no weight_map in it, so it cannot say which files hold the weights")
     return sorted(set(weight_map.values()))
 
@@ -124,7 +125,7 @@ def tensor_specs(files: Iterable[Path]) -> dict[str, TensorSpec]:
                     specs[name] = TensorSpec(_SAFETENSORS_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
         else:
             for name, tensor in _load_torch_file(file, "meta").items():
-                dtype = tensor.dtype if tensor.is_floating_point() else None
+                dtype = tensor.dtype if tensor.dtype in _SAFETENSORS_DTYPES.values() else None
                 specs[name] = TensorSpec(dtype, tuple(tensor.shape))
     return specs
 
@@ -145,27 +146,28 @@ def read_tensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
 def replaced_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder to write a model into; on leaving it without an error its files become `path`.
 
-    A `path` that is not there (or empty) appears by one rename, so it is whole or absent. In a `path` that holds a
-    model already (or with `overwrite`, anything) the model's files are replaced one by one and everything else
+    A `path` that is not there appears by one rename, so it is whole or absent. In a folder that is empty, or holds a
+    model already (or with `overwrite`, anything), the model's files are replaced one by one and everything else
     is kept: config.json is removed first and comes back last, so an interrupted replacement is never taken for a
     model. On an error (a full disk) the staging folder is removed and `path` is as it was.
     """
     target = Path(path).expanduser()
     if target.exists() and not target.is_dir():
         raise UserError(f"cannot save a model to {target}: a file of that name is in the way")
-    occupied = target.is_dir() and any(target.iterdir())
-    if occupied and not overwrite and not _is_replaceable(target):
+    exists = target.is_dir()
+    if exists and not overwrite and not is_vacant(target) and not _is_replaceable(target):
         raise UserError(
             f"{target} is not empty and holds no model; it is left alone. "
             "Choose another folder, or pass overwrite=True to put the model beside its files"
         )
-    staging = target / _STAGING if occupied else target.parent / f".{target.name}{_STAGING}"
+    # Nothing can be renamed onto ".", a link or a mount, so a folder that exists is filled from the inside.
+    staging = target / _STAGING if exists else target.parent / f".{target.name}{_STAGING}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
         _flush(staging)
-        if occupied:
+        if exists:
             _move_model_files(staging, target)
         else:
             os.replace(staging, target)
@@ -173,6 +175,11 @@ def replaced_folder(path: str | os.PathLike[str], *, overwrite: bool = False) ->
         raise UserError(f"could not save to {target}: {error}. Nothing incomplete was left there") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether `path` is absent, or a folder with nothing in it but what a save that was killed left behind."""
+    return not path.is_dir() or all(entry.name == _STAGING for entry in path.iterdir())
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -207,11 +214,18 @@ def _flush(folder: Path) -> None:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:  # torch's own text advises to load it all the same
+        raise _damaged(file, "it is no plain dictionary of tensors") from error
+    except Exception as error:  # a damaged pickle fails with whatever its bytes happen to mean
         raise _damaged(file, str(error).strip() or type(error).__name__) from error
 
 
 def _damaged(file: Path, reason: str) -> UserError:
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return UserError(f"{file} is only a Git LFS pointer to the weights; run `git lfs pull` in its folder")
     return UserError(
         f"{file} ({file.stat().st_size:,} bytes) cannot be read as weights: {reason.splitlines()[0]}. "
         "It is cut off or damaged; copy or download it again, or use an earlier checkpoint"

@@ -46,7 +46,15 @@ _DEFAULTS: dict[str, Any] = {
     "tie_embeddings": True,
 }
 # Left in config.json by forks that made mamba_ssm's config a transformers one; they do not change the model.
-_HARMLESS = {"_name_or_path", "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
+_HARMLESS = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 # ssm_cfg key -> (transformers name, its type). The dt_* only steer initialisation.
 _SSM_KEYS: dict[str, tuple[str, type]] = {
     "d_state": ("state_size", int),
@@ -61,6 +69,7 @@ _SSM_KEYS: dict[str, tuple[str, type]] = {
     "conv_bias": ("use_conv_bias", bool),
     "bias": ("use_bias", bool),
 }
+_KINDS = {int: "a positive integer", float: "a number", str: "a string", bool: "true or false"}
 _SSM_IGNORED = {"layer", "use_fast_path"}
 # What makes two transformers configs the same network (the vocabulary apart, which may have grown since).
 _ARCHITECTURE = (
@@ -68,7 +77,7 @@ _ARCHITECTURE = (
     "num_hidden_layers",
     "state_size",
     "conv_kernel",
-    "expand",
+    "intermediate_size",
     "time_step_rank",
     "use_conv_bias",
     "use_bias",
@@ -89,6 +98,9 @@ def to_hf_config(original: dict[str, Any], source: str | Path) -> MambaConfig:
     if unknown:
         raise UserError(f"{source}: {_unknown(unknown[0], _DEFAULTS)}")
     config = _DEFAULTS | original
+    for key, default in _DEFAULTS.items():
+        if isinstance(default, bool) and not isinstance(config[key], bool):
+            raise UserError(f"{source}: {key} = {config[key]!r} must be true or false")
     if not config["rms_norm"]:
         raise UserError(f"{source}: rms_norm is false; only RMSNorm models can be read (every published Mamba is one)")
     if config["attn_layer_idx"] or config["d_intermediate"]:
@@ -101,8 +113,8 @@ def to_hf_config(original: dict[str, Any], source: str | Path) -> MambaConfig:
         hidden_size=config["d_model"],
         num_hidden_layers=config["n_layer"],
         vocab_size=padded_vocab_size(config),
-        residual_in_fp32=bool(config["residual_in_fp32"]),
-        tie_word_embeddings=bool(config["tie_embeddings"]),
+        residual_in_fp32=config["residual_in_fp32"],
+        tie_word_embeddings=config["tie_embeddings"],
         **_ssm_fields(config["ssm_cfg"] or {}, source),
     )
 
@@ -132,7 +144,7 @@ def _ssm_fields(ssm_cfg: Any, source: str | Path) -> dict[str, Any]:
         name, kind = _SSM_KEYS[key]
         automatic = key == "dt_rank" and value == "auto"
         if not automatic and not _is_a(value, kind):
-            raise UserError(f"{source}: ssm_cfg.{key} = {value!r} must be of type {kind.__name__}")
+            raise UserError(f"{source}: ssm_cfg.{key} = {value!r} must be {_KINDS[kind]}")
         fields[name] = value if automatic else kind(value)
     return fields
 
@@ -141,7 +153,7 @@ def _is_a(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:  # expand is sometimes written 2.0
-        return not isinstance(value, bool) and isinstance(value, (int, float)) and value == int(value)
+        return not isinstance(value, bool) and isinstance(value, (int, float)) and value > 0 and value % 1 == 0
     return isinstance(value, kind)
 
 
@@ -225,7 +237,12 @@ def to_original_config(model: PreTrainedModel) -> dict[str, Any]:
             f"a {config.model_type} model cannot be written in the mamba-ssm layout: mamba_ssm knows no "
             "norms on B, C and dt. Save it in the hf layout"
         )
-    if config.hidden_act != "silu" or config.layer_norm_epsilon != 1e-5:
+    if config.intermediate_size % config.hidden_size:
+        raise UserError(
+            "mamba_ssm's inner width is a multiple of d_model; this model has intermediate_size "
+            f"{config.intermediate_size} and hidden_size {config.hidden_size}: save it in the hf layout"
+        )
+    if config.hidden_act not in ("silu", "swish") or config.layer_norm_epsilon != 1e-5:
         raise UserError(
             "mamba_ssm fixes hidden_act to 'silu' and the norms' epsilon to 1e-5; this model has "
             f"{config.hidden_act!r} and {config.layer_norm_epsilon}: save it in the hf layout"
@@ -259,15 +276,19 @@ def _config_of_record(config: MambaConfig) -> dict[str, Any] | None:
 def _fresh_config(config: MambaConfig) -> dict[str, Any]:
     """Only keys that every mamba_ssm knows: tie_embeddings came late and, missing, means tied."""
     defaults = MambaConfig(hidden_size=config.hidden_size)
+    ssm_cfg = {
+        key: getattr(config, name)
+        for key, (name, _) in _SSM_KEYS.items()
+        if getattr(config, name) != getattr(defaults, name)
+    }
+    # A config may give intermediate_size beside another `expand`; the tensors have the former.
+    if config.intermediate_size != config.expand * config.hidden_size:
+        ssm_cfg["expand"] = config.intermediate_size // config.hidden_size
     return {
         "d_model": config.hidden_size,
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": {
-            key: getattr(config, name)
-            for key, (name, _) in _SSM_KEYS.items()
-            if getattr(config, name) != getattr(defaults, name)
-        },
+        "ssm_cfg": ssm_cfg,
         "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32,
         "fused_add_norm": True,

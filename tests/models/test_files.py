@@ -42,6 +42,26 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
         save_model(tiny_model(), tmp_path / "x", layout="ssm")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["here", "link", "after a kill"])
+def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Also one that nothing can be renamed onto, as a mounted one in a container; `link` stands for it."""
+    source, model = tmp_path / "source", tiny_model()
+    save_model(model, source)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    target = {"here": Path("."), "link": tmp_path / "link", "after a kill": empty}[kind]
+    if kind == "here":
+        monkeypatch.chdir(empty)
+    elif kind == "link":
+        target.symlink_to(empty)
+    else:
+        (empty / ".incomplete-save").mkdir()
+    convert(source, target, "mamba-ssm")
+    assert torch.equal(logits(load_model(target)), logits(model))
+    assert {file.name for file in empty.iterdir()} >= {"config.json", "pytorch_model.bin"}
+    assert not (empty / ".incomplete-save").exists()
+
+
 def test_replacing_a_model_leaves_no_stale_weights(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "m", max_shard_size="8KB")
