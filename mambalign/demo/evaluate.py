@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 40
 
 
 class Share(NamedTuple):
-    """`hits` of `total`, and the 95 % Wilson interval of the share."""
+    """`hits` of `total`, and the 95% Wilson interval of the share."""
 
     hits: int
     total: int
@@ -28,7 +28,7 @@ class Share(NamedTuple):
 
 
 def share(outcomes: Sequence[bool]) -> Share:
-    """Wilson's interval: inside [0, 1], and honest at 0 and 100 % (Brown, Cai, DasGupta 2001, section 3.1.1).
+    """Wilson's interval: inside [0, 1], and honest at 0 and 100% (Brown, Cai, DasGupta 2001, section 3.1.1).
 
     >>> share([True] * 10)[:2], round(share([True] * 10).low, 3)
     ((10, 10), 0.722)
@@ -43,7 +43,7 @@ def share(outcomes: Sequence[bool]) -> Share:
 
 
 class Difference(NamedTuple):
-    """Mean paired difference and its 95 % interval (normal approximation over the same problems)."""
+    """Mean paired difference and its 95% interval (normal approximation over the same problems)."""
 
     value: float
     low: float

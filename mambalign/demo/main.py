@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,18 +21,20 @@ import datasets
 import torch
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import MambaConfig
 from transformers.utils import logging as hf_logging
 
 from mambalign.data.chat import apply_template
 from mambalign.demo import tasks
-from mambalign.demo.evaluate import Evaluation, converse, difference, judge, reply_to
+from mambalign.demo.evaluate import Difference, Evaluation, converse, difference, judge, reply_to
 from mambalign.demo.report import percent, read_metrics, write_report
 from mambalign.demo.tokenizer import build_tokenizer
 from mambalign.models import MambaForCausalLM
 from mambalign.models.checkpoint import load_model, load_tokenizer, save_model
 from mambalign.recipe import Recipe, UserError
+from mambalign.train.checkpoint import write_json
 from mambalign.train.run import run
 
 SETTINGS_FILE, RESULTS_FILE, LOG_FILE = "demo.json", "evaluation.json", "training.log"
@@ -77,8 +80,9 @@ def run_demo(output_dir: Path = Path("demo-run"), *, seed: int = 0, quick: bool 
     _claim(folder, settings, console)
     finished = True
     for number, (stage, values) in enumerate(recipes(folder, settings).items(), 1):
-        console.print(f"[bold]{number}/4 {TITLES[stage]}[/]  recipe: {folder / 'recipes' / stage}.yaml")
-        with _training_log(folder / LOG_FILE):
+        path = escape(str(_recipe_file(folder, stage)))
+        console.print(f"[bold]{number}/4 {TITLES[stage]}[/]  recipe: {path}", soft_wrap=True)
+        with _training_log(folder / LOG_FILE), _one_thread():
             outcome = run(stage, Recipe.from_dict(values, stage=stage))
         finished &= outcome.already_finished
         loss = outcome.metrics.get("eval_loss", float("nan"))
@@ -86,15 +90,17 @@ def run_demo(output_dir: Path = Path("demo-run"), *, seed: int = 0, quick: bool 
         console.print(f"    {state}: {outcome.global_step} steps, held-out loss {loss:.3f}")
     console.print("[bold]4/4 Evaluation[/]")
     results = _finished_results(folder) if finished else None
+    finished = results is not None
     if results is None:
-        with _training_log(folder / LOG_FILE):
+        with _training_log(folder / LOG_FILE), _one_thread():
             results = evaluate(folder, settings)
-        (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(folder / RESULTS_FILE, results)
     page = write_report(folder, results)
     show(results, console)
-    console.print(f"{time.perf_counter() - started:.0f} s. The report: [bold]{page}[/]")
+    console.print(f"{time.perf_counter() - started:.0f} s. The report: [bold]{escape(str(page))}[/]", soft_wrap=True)
     if finished:
-        console.print(f"This demo was finished before; for a fresh one remove {folder} or choose another --output-dir.")
+        again = f"for a fresh one remove {folder} or choose another --output-dir"
+        console.print(f"This demo was finished before; {escape(again)}.", soft_wrap=True)
     return results
 
 
@@ -102,7 +108,10 @@ def run_demo(output_dir: Path = Path("demo-run"), *, seed: int = 0, quick: bool 
 
 
 def _claim(folder: Path, settings: Settings, console: Console) -> None:
-    """Make data, tokenizer and an untrained model, once; the settings are written last and stand for a whole set."""
+    """Make data, tokenizer, an untrained model and recipes, once.
+
+    The settings come first and claim the folder; the last recipe stands for the whole set.
+    """
     stamp = folder / SETTINGS_FILE
     if stamp.exists():
         earlier = json.loads(stamp.read_text(encoding="utf-8"))
@@ -112,17 +121,24 @@ def _claim(folder: Path, settings: Settings, console: Console) -> None:
                 f"{folder} holds a demo with {', '.join(changed)}, which is not what is asked for now; "
                 "choose another --output-dir"
             )
-        return
-    if folder.exists() and any(folder.iterdir()) and not (folder / "data").is_dir():
+    elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no demo; choose another --output-dir")
-    console.print(f"Making data, a tokenizer and an untrained model in {folder}")
+    stages = recipes(folder, settings)
+    if _recipe_file(folder, list(stages)[-1]).exists():
+        return
+    console.print(f"Making data, a tokenizer and an untrained model in {escape(str(folder))}", soft_wrap=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(stamp, asdict(settings))
     write_data(folder / "data", settings)
     make_model(folder / "init", settings)
-    for stage, values in recipes(folder, settings).items():
-        path = folder / "recipes" / f"{stage}.yaml"
+    for stage, values in stages.items():
+        path = _recipe_file(folder, stage)
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    stamp.write_text(json.dumps(asdict(settings), indent=1), encoding="utf-8")
+
+
+def _recipe_file(folder: Path, stage: str) -> Path:
+    return folder / "recipes" / f"{stage}.yaml"
 
 
 def write_data(folder: Path, settings: Settings) -> None:
@@ -180,6 +196,7 @@ def recipes(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
         "save_total_limit": 1,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
+        "use_cpu": True,
         "seed": settings.seed,
         "log_level": "warning",
     }
@@ -240,6 +257,18 @@ def _training_log(path: Path) -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains nothing from a second thread, and beside other work every step waits for the slower one:
+    2.3 steps a second instead of 22 on two busy cores. Nor do the results then depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -283,6 +312,7 @@ def summarise(
     right = difference([g.correct for g in sft.grades], [g.correct for g in dpo.grades])
     kind = difference([g.kind for g in sft.grades], [g.kind for g in dpo.grades])
     gain = sft.correct().value - base.correct().value
+    here = shlex.quote(str(folder))
     # The last of each task is an impolite question: there the two trained models can differ.
     shown = {problem.task: at for at, problem in enumerate(problems)}
     return {
@@ -292,9 +322,9 @@ def summarise(
         "model_line": f"{parameters:,} parameters; Mamba-1, layers: {settings.layers}, width: {settings.hidden_size}, "
         f"state: {settings.state_size}. Every stage packs without padding and without a leak between examples.",
         "tiles": [
-            {"value": f"+{100 * gain:.0f} points", "label": "right answers, SFT over base"},
-            {"value": f"{100 * kind.value:+.0f} points", "label": f"kind replies, DPO over SFT ({_interval(kind)})"},
-            {"value": f"{100 * right.value:+.0f} points", "label": f"right answers, DPO over SFT ({_interval(right)})"},
+            {"value": f"{_points(gain)} points", "label": "right answers, SFT over base"},
+            {"value": f"{_points(kind.value)} points", "label": f"kind replies, DPO over SFT ({_interval(kind)})"},
+            {"value": f"{_points(right.value)} points", "label": f"right answers, DPO over SFT ({_interval(right)})"},
         ],
         "targets": [
             {"text": "SFT answers at least 50 points more right than the base model", "met": gain >= 0.5},
@@ -316,16 +346,20 @@ def summarise(
         "conversation": conversation,
         "stages": {stage: {"title": TITLES[stage], "facts": stage_facts(folder, stage)} for stage in MODELS},
         "commands": [
-            f"mambalign sft {folder}/recipes/sft.yaml --learning_rate 1e-3 --output_dir {folder}/sft-slower",
-            f"mambalign dpo {folder}/recipes/dpo.yaml --beta 0.5 --output_dir {folder}/dpo-tighter",
-            f"mambalign check {folder}/recipes/dpo.yaml",
+            f"mambalign sft {here}/recipes/sft.yaml --learning_rate 1e-3 --output_dir {here}/sft-slower",
+            f"mambalign dpo {here}/recipes/dpo.yaml --beta 0.5 --output_dir {here}/dpo-tighter",
+            f"mambalign check {here}/recipes/dpo.yaml",
         ],
         "footer": f"Written by mambalign demo, seed {settings.seed}. Models, data, recipes, metrics: in {folder}.",
     }
 
 
-def _interval(value: Any) -> str:
-    return f"95 %: {100 * value.low:+.0f} to {100 * value.high:+.0f}"
+def _points(share: float) -> str:
+    return f"{round(100 * share):+d}"  # an integer has no -0
+
+
+def _interval(value: Difference) -> str:
+    return f"95%: {_points(value.low)} to {_points(value.high)}"
 
 
 def stage_facts(folder: Path, stage: str) -> dict[str, str]:
@@ -360,7 +394,7 @@ def stage_facts(folder: Path, stage: str) -> dict[str, str]:
 def show(results: dict[str, Any], console: Console) -> None:
     """The table and the sample conversation, on the terminal."""
     total = results["models"][0]["correct"]["total"]
-    console.print(f"{total} held-out questions, greedy replies, 95 % intervals", soft_wrap=True)
+    console.print(f"{total} held-out questions, greedy replies, 95% intervals", soft_wrap=True)
     table = Table()
     for column in ("", "right", "kind closing"):
         table.add_column(column)
@@ -377,4 +411,5 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print("\n[bold]A conversation with the aligned model[/]")
     for message in results["conversation"]:
         colour = "blue" if message["role"] == "user" else "green"
-        console.print(f"  [{colour}]{message['role']:>9}[/]  {message['content']}", highlight=False, soft_wrap=True)
+        said = escape(message["content"])
+        console.print(f"  [{colour}]{message['role']:>9}[/]  {said}", highlight=False, soft_wrap=True)

@@ -139,7 +139,7 @@ def figures(metrics: dict[str, Metrics]) -> list[dict[str, Any]]:
 
 
 def percent(value: float, digits: int = 0) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.{digits}f} %"
+    return "–" if math.isnan(value) else f"{100 * value:.{digits}f}%"
 
 
 def render(results: dict[str, Any], metrics: dict[str, Metrics]) -> str:

@@ -91,6 +91,7 @@ def test_targets_are_judged_by_the_numbers(finished: Path) -> None:
     assert [target["met"] for target in bad["targets"]] == [True, True, False]
     unmoved = results(finished, {"base": right, "sft": right, "dpo": right}, problems)
     assert [target["met"] for target in unmoved["targets"]] == [False, False, True]
+    assert main._points(-0.004) == main._points(0.0) == "+0"
 
 
 class _Page(HTMLParser):
@@ -152,11 +153,30 @@ def test_the_demo_leaves_everything_and_repeats_itself(finished: Path, capsys: p
         main.run_demo(finished, quick=True, seed=5)
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("precious")
+@pytest.mark.parametrize("precious", ["thesis.txt", "data/chat/train.jsonl"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, precious: str) -> None:
+    path = tmp_path / precious
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("precious")
     with pytest.raises(UserError, match="holds no demo"):
         main.run_demo(tmp_path, quick=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["precious"]
+
+
+def test_a_demo_stopped_at_its_files_makes_them_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, console = main.Settings(**main.QUICK), Console(quiet=True)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(main, "make_model", stop)
+        main._claim(tmp_path / "run", settings, console)
+    main._claim(tmp_path / "run", settings, console)
+    assert (tmp_path / "run/init/model.safetensors").exists() and (tmp_path / "run/recipes/dpo.yaml").exists()
+    written = (tmp_path / "run/init/model.safetensors").stat().st_mtime_ns
+    main._claim(tmp_path / "run", settings, console)
+    assert (tmp_path / "run/init/model.safetensors").stat().st_mtime_ns == written
 
 
 def test_the_written_recipes_are_the_ones_that_ran(finished: Path) -> None:
@@ -193,9 +213,12 @@ def test_the_conversation_sees_its_history(tokenizer) -> None:
 
 def test_the_table_prints_every_model(finished: Path) -> None:
     console = Console(record=True, width=120)
-    main.show(json.loads((finished / "evaluation.json").read_text()), console)
+    results = json.loads((finished / "evaluation.json").read_text())
+    results["conversation"][-1]["content"] = "[/red] is no markup"
+    main.show(results, console)
     text = console.export_text()
     assert all(title in text for _, title in main.MODELS.values())
+    assert "[/red] is no markup" in text
 
 
 def test_problems_are_drawn_without_repeats() -> None:
