@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +55,40 @@ def check() -> float:
     return worst
 
 
-def measure(peer: bool, length: int, threads: int, repeats: int, queue: Any) -> None:
+def measure(peer: bool, length: int, threads: int, repeats: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
     model = backbone(peer)
     ids = torch.randint(512, (1, length), generator=torch.Generator().manual_seed(length))
     if not peer:
         step(model, ids)  # the peer's first step costs as much as any other: warming it up would double the wait
+    pipe.send("ready")
     for _ in range(repeats):
         start = time.perf_counter()
         step(model, ids)
-        queue.put(time.perf_counter() - start)
+        pipe.send(time.perf_counter() - start)
+    pipe.close()
 
 
-def timed(peer: bool, length: int, threads: int, repeats: int, cap: float) -> list[float]:
-    """Seconds of each repeat that ended before the cap."""
+def timed(peer: bool, length: int, threads: int, repeats: int, cap: float | None) -> list[float]:
+    """Seconds of each repeat that ended before the cap, which counts from the first step on."""
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    worker = context.Process(target=measure, args=(peer, length, threads, repeats, queue))
+    pipe, end = context.Pipe(duplex=False)
+    worker = context.Process(target=measure, args=(peer, length, threads, repeats, end))
     worker.start()
-    worker.join(cap)
-    if worker.is_alive():
-        worker.kill()
+    end.close()
+    seconds: list[float] = []
+    try:
+        pipe.recv()
+        deadline = time.monotonic() + (cap or 0.0)
+        while len(seconds) < repeats and pipe.poll(None if cap is None else max(0.0, deadline - time.monotonic())):
+            seconds.append(pipe.recv())
+    except EOFError:  # a crash is not a slow step: it must not be printed as one
         worker.join()
-    seconds = []
-    while not queue.empty():
-        seconds.append(queue.get())
+        raise SystemExit(
+            f"{'transformers' if peer else 'mambalign'} at {length} tokens ended with exit code {worker.exitcode}"
+        ) from None
+    worker.kill()
+    worker.join()
     return seconds
 
 
@@ -90,24 +101,33 @@ def main() -> None:
     options = parser.parse_args()
     error = check()
     print(f"outputs and gradients agree (largest relative difference {error:.1e})")
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.threads} thread(s)\n")
+    facts = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "repeats": options.repeats,
+        "cap_seconds": options.cap,
+        "largest_relative_difference": error,
+    }
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()), end="\n\n")
     print(f"{'tokens':>7} {'transformers':>16} {'mambalign':>16} {'ratio':>7}    tokens/s, forward + backward, medians")
     rows: list[dict[str, Any]] = []
     for length in LENGTHS:
-        mine, theirs = (timed(peer, length, options.threads, options.repeats, options.cap) for peer in (False, True))
+        mine = timed(False, length, options.threads, options.repeats, cap=None)
+        theirs = timed(True, length, options.threads, options.repeats, options.cap)
         ours = length / statistics.median(mine)
         peer = length / statistics.median(theirs) if theirs else None
         bound = length / options.cap
         shown = f"{peer:,.1f}" if peer else f"< {bound:,.1f} (cap)"
         ratio = f"{ours / peer:.0f}x" if peer else f"> {ours / bound:.0f}x"
         print(f"{length:>7,} {shown:>16} {ours:>16,.1f} {ratio:>7}", flush=True)
-        rows.append({"tokens": length, "mambalign": ours, "transformers": peer, "cap_seconds": options.cap})
+        rows.append({"tokens": length, "transformers": peer, "mambalign": ours})
     by_length = {row["tokens"]: row["mambalign"] for row in rows}
     print(f"\ntime per token at 2,048 over 512: {by_length[512] / by_length[2048]:.2f}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(
-        json.dumps({"torch": torch.__version__, "threads": options.threads, "rows": rows}, indent=2) + "\n"
-    )
+    options.json.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
