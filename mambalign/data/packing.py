@@ -36,7 +36,9 @@ __all__ = [
 
 
 def _lengths(dataset: Any, column: str) -> Ints:
-    return pc.list_value_length(dataset.data.column(column)).to_numpy().astype(np.int64)
+    lengths: Ints = pc.list_value_length(dataset.data.column(column)).to_numpy().astype(np.int64)
+    kept = dataset._indices  # of a dataset with rows left out; copying what is left would take longer than packing it
+    return lengths if kept is None else lengths[kept.column(0).to_numpy()]
 
 
 class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
@@ -65,12 +67,10 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
         packing: bool = True,
         group_by_prompt: bool = False,
     ):
-        if getattr(tokenized, "_indices", None) is not None:  # lengths are read from the table itself
-            tokenized = tokenized.flatten_indices()
         self.kind, self.max_length = kind, max_length
         self._rows_are_packed = kind == "sequences" and packing
         self._data = tokenized.with_format("numpy", columns=[c for c in tokenized.column_names if c != "row_id"])
-        self._row_ids: list[str] | None = list(tokenized["row_id"]) if "row_id" in tokenized.column_names else None
+        self._row_ids: list[str] | None = tokenized["row_id"][:] if "row_id" in tokenized.column_names else None
         if kind == "sequences":
             self._tokens = _lengths(tokenized, "input_ids")
             self._items = self._pack(seed) if packing else [[i] for i in range(len(tokenized))]
@@ -94,8 +94,8 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
 
     def _groups(self) -> list[list[int]]:
         groups: dict[bytes, list[int]] = {}
-        for index, prompt in enumerate(self._data.select_columns(["prompt_ids"])):
-            groups.setdefault(token_key(prompt["prompt_ids"]) or b"no prompt %d" % index, []).append(index)
+        for index, prompt in enumerate(self._data["prompt_ids"][:]):
+            groups.setdefault(token_key(prompt) or b"no prompt %d" % index, []).append(index)
         return list(groups.values())
 
     def __len__(self) -> int:
