@@ -24,6 +24,9 @@ import mambalign
 app = typer.Typer(
     name="mambalign",
     help="Aligns Mamba language models: continued pre-training, SFT and DPO from YAML recipes, on a CPU or many GPUs.",
+    epilog="New here? [bold]mambalign demo[/] shows all of it in minutes.\n\n"
+    "Exit codes: 0 done, 1 a crash or a diverged loss, 2 a mistake in what was given (one sentence says which), "
+    "85 stopped by a signal after a checkpoint, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -146,8 +149,9 @@ def sft(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
 def dpo(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
     """Align a fine-tuned model to preferences (DPO, and IPO, SimPO, ORPO, KTO and others by loss_type).
 
-    Start from the result of an SFT run. Each prompt is computed once for its completions; the reference's
-    log-probabilities are computed once for the run.
+    Start from the result of an SFT run, whose weights are also the reference.
+
+    A prompt is computed once for both completions, the reference's log-probabilities once for the run.
 
     Example: [bold]mambalign dpo recipes/mamba-130m/dpo/config_full.yaml --beta 0.1[/]
     """
@@ -176,12 +180,18 @@ def check(
     with _user_errors(debug):
         path = _recipe_path(recipe)
         _quiet_libraries()
+        from mambalign.doctor import hub_problem
+
+        if problem := hub_problem():
+            os.environ["HF_HUB_OFFLINE"] = "1"
         from mambalign.check import check as check_recipe
         from mambalign.check import show
 
         # The report carries the recipe's notes itself.
         logging.getLogger("mambalign").setLevel(logging.ERROR)
         report = check_recipe(path, ctx.args, stage=stage, devices=devices, full=full)
+        if problem:
+            report.notes = [*report.notes, f"the hub is offline, {problem}: only what is cached was looked at"]
         if as_json:
             print(json.dumps(report.to_dict(), indent=2))
         else:
@@ -193,7 +203,7 @@ def check(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Picture to write, .svg or .png.")] = Path("curves.svg"),
+    out: Annotated[Path, typer.Option("--out", help="Picture to write: .svg, .png or .pdf.")] = Path("curves.svg"),
     debug: Debug = False,
 ) -> None:
     """Draw the curves of runs, finished or not: loss, rewards, accuracy, tokens per second.
@@ -281,20 +291,26 @@ def demo(
 
 @recipes_app.command("list")
 def list_recipes(
-    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("recipes"), debug: Debug = False
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where to look: ./recipes, else those that mambalign brings.")
+    ] = None,
+    debug: Debug = False,
 ) -> None:
     """List the recipes under a folder: what each trains, on what.
 
     Example: [bold]mambalign recipes list recipes/mamba-130m[/]
     """
     with _user_errors(debug):
+        if folder is None:
+            brought = Path(mambalign.__file__).parent / "recipes"
+            folder = brought if brought.is_dir() and not Path("recipes").is_dir() else Path("recipes")
         if not folder.is_dir():
             raise mambalign.UserError(f"there is no folder {folder} here; name the one that holds your recipes")
         logging.getLogger("mambalign").setLevel(logging.ERROR)
         console = _console()
         from rich.table import Table
 
-        table = Table("recipe", "stage", "starts from", "data", box=None, pad_edge=False)
+        table = Table(_name("recipe"), "stage", _long("starts from"), _long("data"), box=None, pad_edge=False)
         for path in sorted(folder.rglob("*.y*ml")):
             if path.parent.name in ("cpt", "sft", "dpo"):
                 recipe = mambalign.load_recipe(path)
@@ -344,7 +360,8 @@ def show_keys(
             raise mambalign.UserError(f"there is no group {group!r}{hint}; groups: {', '.join(groups)}")
         console = _console()
         for name in [group] if group else groups:
-            table = Table("key", "default", "meaning", title=name, title_justify="left", box=None, pad_edge=False)
+            columns = _name("key"), _long("default"), "meaning"
+            table = Table(*columns, title=name, title_justify="left", box=None, pad_edge=False)
             for item in groups[name]:
                 default = "null" if (value := key_default(item)) is None else json.dumps(value)
                 kind = type_name(key_types()[item.name])
@@ -362,6 +379,20 @@ def _console() -> Any:
 
     # Piped output is not cut to 80 columns.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _name(header: str) -> Any:
+    """A column of what one types: never cut."""
+    from rich.table import Column
+
+    return Column(header, no_wrap=True, overflow="fold")
+
+
+def _long(header: str) -> Any:
+    """A column of words without spaces, which break rather than end in an ellipsis."""
+    from rich.table import Column
+
+    return Column(header, overflow="fold")
 
 
 def _table(heading: str, values: dict[str, Any]) -> Any:

@@ -6,6 +6,8 @@ import importlib
 import os
 import platform
 import shutil
+import urllib.error
+import urllib.request
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,13 +100,28 @@ def _backends() -> dict[str, Any]:
     return chosen
 
 
+def hub_problem(seconds: float = 3.0) -> str | None:
+    """Why the hub cannot be used, or None. One request: the hub's own client would try each file for half a minute."""
+    offline = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")]
+    if offline:
+        return f"switched off by {', '.join(offline)}"
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return None  # an answer, of whatever kind
+    except (OSError, ValueError) as error:
+        return f"{address} cannot be reached ({getattr(error, 'reason', error)})"
+    return None
+
+
 def _files() -> dict[str, Any]:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     existing = next(p for p in (home, *home.absolute().parents) if p.exists())
-    offline = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")]
+    problem = hub_problem()
     return {
         "hugging_face_home": f"{home}{'' if home.exists() else ' (not there yet)'}",
         "free_there_gb": round(shutil.disk_usage(existing).free / 1e9, 1),
         "free_here_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
-        "hub": f"offline ({', '.join(offline)}): only what is cached can be used" if offline else "online",
+        "hub": f"offline, {problem}: only what is cached can be used" if problem else "online",
     }

@@ -247,6 +247,13 @@ def test_one_error_does_not_hide_the_next(tiny: Path) -> None:
     assert {f.key for f in report.findings} >= {"model_name_or_path", "dataset_mixer", "learning_rate"}
 
 
+def test_data_are_looked_at_without_a_tokenizer_too(tiny: Path) -> None:
+    report = check(TINY_SFT, ["--tokenizer_name_or_path", "./nope"])
+    assert report.sections["train"]["rows"] == 200 and "messages" in report.sections["train"]["columns"]
+    report = check(TINY_SFT, ["--tokenizer_name_or_path", "./nope", "--dataset_mixer", "{data/tiny/no.jsonl: 1.0}"])
+    assert {f.key for f in report.errors} >= {"chat_template", "dataset_mixer"}
+
+
 def test_skipped_rows_are_named_with_reason_and_place(tiny: Path) -> None:
     bad = tiny / "some-bad.jsonl"
     good = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'

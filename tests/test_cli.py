@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import mambalign
@@ -110,6 +111,8 @@ def test_a_training_verb_hands_recipe_and_overrides_to_run(stage: str, tmp_path:
         (["recipes", "keys", "--group", "modle"], "did you mean 'model'"),
         (["recipes", "list", "nowhere"], "there is no folder nowhere"),
         (["check", "nowhere.yaml"], "recipe nowhere.yaml does not exist"),
+        (["plot", "nowhere"], "is it a run folder?"),
+        (["plot", "nowhere", "--out", "curves"], "a file name that ends in .svg, .png, .pdf"),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(words: list[str], message: str, recipe: Path) -> None:
@@ -163,12 +166,44 @@ def test_list_names_stage_model_and_data(recipe: Path) -> None:
     assert "recipe.yaml" in output and "sft" in output
 
 
+def test_list_falls_back_on_the_recipes_that_an_installed_mambalign_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought = tmp_path / "mambalign" / "recipes" / "sft" / "mine.yaml"
+    brought.parent.mkdir(parents=True)
+    brought.write_text("model_name_or_path: m\ndataset_mixer: {d: 1.0}\noutput_dir: o\n")
+    monkeypatch.setattr(mambalign, "__file__", str(tmp_path / "mambalign" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert "mine.yaml" in run("recipes", "list").output
+
+
+def test_narrow_terminals_cut_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambalign.cli._console", lambda: Console(width=70))
+    assert "gradient_checkpointing_kwargs" in run("recipes", "keys").output
+
+
 def test_doctor_reports_versions_devices_and_backends() -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0
     facts = json.loads(result.stdout)
-    assert set(facts["backends"]) == {"selective_scan", "causal_conv1d", "token_logps"}
+    assert set(facts["backends"]) >= {"selective_scan", "causal_conv1d", "token_logps"}
     assert all(": " in chosen for chosen in facts["backends"].values())
     assert facts["versions"]["mambalign"] == mambalign.__version__
-    assert facts["files"]["hub"].startswith("offline")  # as the tests' environment says
+    assert facts["files"]["hub"].startswith("offline, switched off by HF_HUB_OFFLINE")  # as the tests' environment says
     assert "versions" in run("doctor").output
+
+
+def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    from mambalign.doctor import OFFLINE, hub_problem
+
+    for name in (*OFFLINE, "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # answers 501, which is an answer
+        Thread(target=server.handle_request).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub_problem() is None
+    problem = hub_problem()
+    assert problem is not None and "cannot be reached (" in problem

@@ -85,11 +85,10 @@ def check(
     with report.step("chat_template"):
         tokenizer = _tokenizer(report, recipe, stage, shape)
     packed_rows = None
-    if tokenizer is not None:
-        with report.step("dataset_mixer"):
-            packed_rows = _data(report, recipe, stage, tokenizer, "train", full)
-        with report.step("dataset_splits"):
-            _data(report, recipe, stage, tokenizer, "test", full)
+    with report.step("dataset_mixer"):
+        packed_rows = _data(report, recipe, stage, tokenizer, "train", full)
+    with report.step("dataset_splits"):
+        _data(report, recipe, stage, tokenizer, "test", full)
     with report.step("global_batch_size"):
         _arithmetic(report, recipe, stage, packed_rows, devices)
     with report.step("output_dir"):
@@ -200,7 +199,8 @@ def _tokenizer(report: CheckReport, recipe: Recipe, stage: str, shape: ModelShap
 
 
 def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind: str, full: bool) -> int | None:
-    """Tokenises (a sample of) the rows of a kind; returns how many packed rows, pairs or prompts an epoch has."""
+    """Tokenises (a sample of) the rows of a kind; returns how many packed rows, pairs or prompts an epoch has.
+    Without a tokenizer files and columns are looked at all the same."""
     from mambalign.data.mixer import load_mix, tokenize_preferences, tokenize_sft, tokenize_text
     from mambalign.data.packing import PackedRows
 
@@ -210,6 +210,9 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
     total = len(rows)
     if kind == "test" and recipe.max_eval_samples:
         total = min(total, recipe.max_eval_samples)
+    if tokenizer is None:
+        report.sections[kind] = {"rows": total, "columns": ", ".join(rows.column_names)}
+        return None
     if not full and total > SAMPLE:
         rows = rows.select(sorted(random.Random(recipe.seed).sample(range(len(rows)), SAMPLE)))
     tokenize = {"cpt": tokenize_text, "sft": tokenize_sft, "dpo": tokenize_preferences}[stage]

@@ -10,6 +10,7 @@ from mambalign.recipe import UserError
 from mambalign.train.trainer import METRICS, read_metrics
 
 CURVES = "curves.svg"
+FORMATS = (".svg", ".png", ".pdf")
 # (title, metrics in the training lines; each is drawn with its `eval_` twin)
 PANELS = (
     ("loss", ("loss",)),
@@ -20,14 +21,16 @@ PANELS = (
 
 
 def draw(folders: Sequence[Path], target: Path) -> Path:
-    """One row of panels for each run folder, as SVG or PNG by the target's ending.
+    """One row of panels for each run folder, in the format that the target's ending names.
 
     Raises:
-        UserError: a folder without logged metrics.
+        UserError: a folder without logged metrics, or an ending that names no format.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    if target.suffix not in FORMATS:
+        raise UserError(f"cannot draw to {target}: give a file name that ends in {', '.join(FORMATS)}")
     rows = [(folder, _series(folder)) for folder in folders]
     columns = max(len(_panels(series)) for _, series in rows)
     figure = Figure(figsize=(3.6 * columns, 2.7 * len(rows)), layout="constrained")
@@ -46,13 +49,13 @@ def draw(folders: Sequence[Path], target: Path) -> Path:
 
 def _series(folder: Path) -> dict[str, list[tuple[int, float]]]:
     lines = read_metrics(folder / METRICS)
-    if not lines:
-        raise UserError(f"{folder} holds no {METRICS} with anything in it; is it a run folder?")
     series: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():
             if isinstance(value, int | float):
                 series.setdefault(name, []).append((line["step"], value))
+    if not _panels(series):
+        raise UserError(f"{folder} holds no {METRICS} with anything in it to draw; is it a run folder?")
     return series
 
 
