@@ -92,6 +92,9 @@ def parse_mixer(recipe: Recipe) -> list[Source]:
         if len(configs) != len(mixer):
             raise UserError(f"dataset_configs: {len(configs)} names for {len(mixer)} datasets; give one each, or a map")
         configs = dict(zip(mixer, configs, strict=True))
+    for name in configs:
+        if name not in mixer:
+            raise UserError(f"dataset_configs: {name!r} is not a dataset of dataset_mixer" + nearest(name, mixer))
     return [parse_source(str(name), entry, configs.get(name)) for name, entry in mixer.items()]
 
 

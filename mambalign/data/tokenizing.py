@@ -84,6 +84,8 @@ class SequenceTokenizer:
     def __init__(self, tokenizer: Any, recipe: Recipe):
         self.tokenizer, self.rules, self.plain = tokenizer, ChatRules.of(recipe, tokenizer), PlainText(tokenizer)
         self.max_length, self.truncation = recipe.max_length, recipe.truncation
+        if self.truncation == "split" and self.max_length < 2:
+            raise UserError(f"max_length: {self.max_length} is too small to split documents; a piece needs 2 tokens")
         self.assistant_only = recipe.assistant_only_loss
         self.control = chat.control_text(tokenizer)
 

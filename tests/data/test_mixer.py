@@ -482,3 +482,5 @@ def test_configurations(write_jsonl: Callable[..., Path], make_recipe: Callable[
     recipe = make_recipe()
     recipe.dataset_mixer, recipe.dataset_configs = {path: 1.0}, ["a", "b"]
     assert "dataset_configs: 2 names for 1 datasets" in error_of(recipe)
+    recipe.dataset_configs = {f"{path}x": "main"}
+    assert error_of(recipe).endswith(f"is not a dataset of dataset_mixer; did you mean {path!r}?")

@@ -290,6 +290,11 @@ def test_split_loses_no_token(plain_tokenizer: Any, as_dataset: Any, make_recipe
     check_account(data)
 
 
+def test_pieces_of_one_token_are_refused(plain_tokenizer: Any, as_dataset: Any, make_recipe: Any) -> None:
+    with pytest.raises(UserError, match="max_length: 1 is too small to split documents"):
+        tokenize_text(as_dataset([{"text": "Anna"}]), plain_tokenizer, make_recipe(max_length=1, truncation="split"))
+
+
 def test_documents_begin_as_the_tokenizer_begins_texts(build_tokenizer: Any, as_dataset: Any, make_recipe: Any) -> None:
     tokenizer = build_tokenizer(bos="<s>")
     data = tokenize_text(as_dataset([{"text": "Anna"}, {"text": "<s>Anna"}]), tokenizer, make_recipe())
