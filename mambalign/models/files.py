@@ -59,7 +59,8 @@ def resolve_folder(path: str | os.PathLike[str], revision: str | None = None, **
 
     hub: `cache_dir`, `token`, `local_files_only`, `force_download`, as in transformers. Raises UserError.
     """
-    if not is_local(path):
+    # Every Mamba on the hub has an owner, so a bare name is a folder that is not there.
+    if not is_local(path) and "/" in os.fspath(path):
         return _download(os.fspath(path), revision, hub)
     folder = Path(path).expanduser()
     if folder.is_file():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.falcon_mamba import modeling_falcon_mamba as hf_falcon
 from transformers.models.mamba import modeling_mamba as hf_mamba
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
@@ -74,11 +75,13 @@ class PackedMixer:
         """Falcon-Mamba puts RMS norms here (arXiv 2410.05355, section 3.1)."""
         return delta, B, C
 
+    @force_accelerate_hooks(["conv1d", "dt_proj"])  # parameters of theirs are used without a call of the module
     def forward(
         self: Any, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
     ) -> Tensor:
         """`[1, T, hidden]` -> `[1, T, hidden]`; with a cache, segment s reads and writes its row s."""
         assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
+        delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
         conv_state, ssm_state = self._read(cache_params)
         x, z = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
         silu = self.activation in ("silu", "swish")
@@ -103,7 +106,7 @@ class PackedMixer:
             C,
             self.D,
             z,
-            self.dt_proj.bias,
+            delta_bias,
             delta_softplus=True,
             segments=segments,
             initial_state=ssm_state,

@@ -114,7 +114,7 @@ def test_truncated_weights_are_named(tmp_path: Path, layout: str, kind: str, kee
         load_model(folder)
 
 
-def test_folders_that_are_no_model(tmp_path: Path) -> None:
+def test_folders_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tiny_model(), tmp_path / "model")
 
     def says(path: Any, pattern: str) -> None:
@@ -122,6 +122,8 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
             load_model(path)
 
     says(tmp_path / "modle", r"no model folder.*did you mean .*model")
+    monkeypatch.chdir(tmp_path)
+    says("modle", "no model folder modle; did you mean model")
     says(str(tmp_path / "model" / "config.json"), "is a file")
     says(tmp_path, r"no config.json.*subfolders: model")
     (tmp_path / "empty").mkdir()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from torch import Tensor
 
 from mambalign.models import FalconMambaForCausalLM, MambaForCausalLM
@@ -334,6 +335,17 @@ def bytes_kept(model: Any, ids: Tensor, segments: Segments) -> int:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         packed_loss_and_logits(model, ids, segments)
     return sum(kept)
+
+
+def test_weights_offloaded_by_accelerate(both: tuple[Any, Any]) -> None:
+    """Every parameter is on the meta device but while its module runs; some of ours are used by another."""
+    model = both[1]
+    ids, _ = ids_and_mask(None)
+    with torch.no_grad():
+        expected = model(ids).logits
+        cpu_offload(model, execution_device="cpu")
+        assert model.backbone.layers[0].mixer.conv1d.weight.is_meta
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_the_mixer_calls_its_projections(both: tuple[Any, Any]) -> None:
