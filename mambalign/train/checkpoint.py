@@ -63,18 +63,18 @@ def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is complete and unchanged."""
     try:
         listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+        entries = [(folder / name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()]
     except FileNotFoundError:
         return f"has no {MANIFEST}: the save did not finish"
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"has an unreadable {MANIFEST}"
-    for name, entry in listed.items():
-        path = folder / name
+    for path, size, digest in entries:
         if not path.is_file():
-            return f"misses {name}"
-        if path.stat().st_size != entry["bytes"]:
-            return f"has {name} with {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-        if sha256_file(path) != entry["sha256"]:
-            return f"has {name} with changed content"
+            return f"misses {path.name}"
+        if path.stat().st_size != size:
+            return f"has {path.name} with {path.stat().st_size:,} bytes instead of {size:,}"
+        if sha256_file(path) != digest:
+            return f"has {path.name} with changed content"
     return None
 
 
@@ -104,8 +104,13 @@ def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:
             shutil.rmtree(path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old content or the new one."""
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

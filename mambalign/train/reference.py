@@ -11,12 +11,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def cache_key(**facts: Any) -> str:
-    """Hash of everything the log-probs depend on: weights, data, precision, how batches are cut."""
+    """Hash of everything the log-probs depend on beyond rounding: weights, data, precision."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -68,25 +69,28 @@ def reference_logps(
     collator = Collator("pairs", max_tokens)
     was_training = model.training
     model.eval()
-    parts: list[Tensor] = []
-    reused = 0
-    for number, start in enumerate(_progress(range(0, len(rows), PART), description)):
-        path = store / f"part-{number:05d}.safetensors"
-        indices = range(start, min(start + PART, len(rows)))
-        part = _read(path, key, len(indices))
-        if part is None:
-            part = _compute(model, rows, indices, collator, device, autocast)
-            _write(path, key, part)
-        else:
-            reused += len(indices)
-        parts.append(part)
+    ranges = [range(start, min(start + PART, len(rows))) for start in range(0, len(rows), PART)]
+    paths = [store / f"part-{number:05d}.safetensors" for number in range(len(ranges))]
+    parts = [_read(path, key, len(indices)) for path, indices in zip(paths, ranges, strict=True)]
+    missing = [number for number, part in enumerate(parts) if part is None]
+    processes = PartialState()
+    processes.wait_for_everyone()  # all have seen the same parts
+    for number in _progress(missing[processes.process_index :: processes.num_processes], description):
+        part = _compute(model, rows, ranges[number], collator, device, autocast)
+        _write(paths[number], key, part)
+    processes.wait_for_everyone()
+    for number in missing:
+        parts[number] = _read(paths[number], key, len(ranges[number]))
     model.train(was_training)
+    reused = sum(len(indices) for number, indices in enumerate(ranges) if number not in missing)
     if reused:
         logger.info("%s: %d of %d pairs verified and reused from %s", description, reused, len(rows), store)
-    return torch.cat(parts) if parts else torch.zeros(0, 2)
+    whole = [part for part in parts if part is not None]
+    assert len(whole) == len(parts), "a part that was just written cannot be read"
+    return torch.cat(whole) if whole else torch.zeros(0, 2)
 
 
-def _progress(steps: range, description: str) -> Iterator[int]:
+def _progress(steps: Sequence[int], description: str) -> Iterator[int]:
     return iter(hf_logging.tqdm(steps, desc=description, disable=len(steps) < 2))
 
 

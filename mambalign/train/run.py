@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,9 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import TrainingArguments
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from mambalign.data.chat import apply_template, check_template, set_pad_token
 from mambalign.data.mixer import TokenizedData, load_mix, tokenize_preferences, tokenize_sft, tokenize_text
@@ -72,33 +75,37 @@ def run(stage: str, recipe: Recipe) -> RunResult:
             "use the recipe's config_full.yaml, or set them to false for full fine-tuning"
         )
     folder = Path(str(recipe.output_dir)).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder):
-        finished = _claim(folder, recipe, stage)
-        return finished or _train(stage, recipe, folder)
-
-
-def _train(stage: str, recipe: Recipe, folder: Path) -> RunResult:
-    # The arguments come first: they set up devices and seeds, and refuse early what cannot work.
+    # The arguments come first: they set up devices, find the other processes, and refuse early what cannot work.
     args = training_arguments(recipe, folder)
+    _make(folder, recipe)
+    with _exclusive(folder):
+        claimed = [_claim(folder, recipe, stage) if args.process_index == 0 else None]
+        finished: RunResult | None = broadcast_object_list(claimed)[0]
+        return finished or _train(stage, recipe, folder, args)
+
+
+def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) -> RunResult:
     model, tokenizer, facts = load_start(recipe, stage)
-    train, evaluation = load_data(recipe, stage, tokenizer)
-    _write_facts(folder, train, evaluation)
+    with args.main_process_first(local=False, desc="tokenising"):  # the others read its cache
+        train, evaluation = load_data(recipe, stage, tokenizer)
+    if args.process_index == 0:
+        _write_facts(folder, train, evaluation)
     kind: Any = "pairs" if stage == "dpo" else "sequences"
     rows = {name: _rows(recipe, data, kind) for name, data in (("train", train), ("eval", evaluation)) if data}
     objective = _objective(stage, recipe)
-    trainer = PackedTrainer(
-        model=model,
-        args=args,
-        objective=objective,
-        train_rows=rows["train"],
-        eval_rows=rows.get("eval"),
-        collator=Collator(kind, recipe.max_tokens_per_device),
-        tokenizer=tokenizer,
-        sampler_seed=recipe.seed if recipe.data_seed is None else recipe.data_seed,
-        row_ids=train.dataset["row_id"],
-        write_card=lambda target: card.write(target, stage, recipe, facts, train, read_metrics(folder / METRICS)),
-    )
+    with _as_user_error("transformers.Trainer"):
+        trainer = PackedTrainer(
+            model=model,
+            args=args,
+            objective=objective,
+            train_rows=rows["train"],
+            eval_rows=rows.get("eval"),
+            collator=Collator(kind, recipe.max_tokens_per_device),
+            tokenizer=tokenizer,
+            sampler_seed=recipe.seed if recipe.data_seed is None else recipe.data_seed,
+            row_ids=train.dataset["row_id"],
+            write_card=lambda target: card.write(target, stage, recipe, facts, train, read_metrics(folder / METRICS)),
+        )
     _say_plan(trainer, rows, recipe, stage)
     if isinstance(objective, PreferenceObjective) and objective.options.needs_reference:
         for name, data in (("train", train), ("eval", evaluation)):
@@ -117,16 +124,27 @@ def _train(stage: str, recipe: Recipe, folder: Path) -> RunResult:
 # ------------------------------------------------------------------------------------------------------- the folder
 
 
+def _make(folder: Path, recipe: Recipe) -> None:
+    start = Path(str(recipe.model_name_or_path)).expanduser()
+    if start.is_dir() and start.resolve() == folder.resolve():
+        raise UserError(f"output_dir: {folder} is model_name_or_path too, and would be overwritten; choose another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be made a folder ({error.strerror}); choose another") from error
+
+
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     """One process group per run folder: two would overwrite each other's checkpoints."""
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+    if os.environ.get("RANK", "0") != "0":
         yield
         return
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Not flock: data workers would inherit it, and outlive a killed run for minutes.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"another process is training in {folder}; wait for it, or choose another output_dir"
             ) from error
@@ -156,7 +174,7 @@ def _claim(folder: Path, recipe: Recipe, stage: str) -> RunResult | None:
         if state.get("status") == "finished":
             logger.info("%s is finished (%d steps): nothing to do", folder, state["global_step"])
             return RunResult(folder, state["global_step"], state["metrics"], already_finished=True)
-    frozen.write_text(recipe.to_yaml())
+    checkpoint.write_text(frozen, recipe.to_yaml())
     checkpoint.write_json(folder / RUN, {"stage": stage, "status": "running", "started": _now()})
     checkpoint.write_json(folder / ENVIRONMENT, _environment())
     return None
@@ -174,8 +192,7 @@ def _changed_keys(earlier: Recipe, now: Recipe) -> list[str]:
 
 def _set_aside(folder: Path) -> None:
     """Move an earlier run's files into `previous-N`: asked to start afresh, but nothing is lost."""
-    number = 1 + sum(1 for _ in folder.glob("previous-*"))
-    target = folder / f"previous-{number}"
+    target = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
     target.mkdir()
     for entry in list(folder.iterdir()):
         if not entry.name.startswith("previous-") and entry.name != ".lock":
@@ -185,13 +202,19 @@ def _set_aside(folder: Path) -> None:
 
 def _resume_point(folder: Path, recipe: Recipe) -> Path | None:
     if recipe.resume in ("auto", "never"):
-        return checkpoint.newest_complete(folder)
-    chosen = Path(recipe.resume).expanduser()
-    if not chosen.is_dir():
-        raise UserError(f"resume: {recipe.resume!r} is neither auto, never nor a checkpoint folder")
-    problem = checkpoint.fault(chosen)
-    if problem:
-        raise UserError(f"resume: {chosen} {problem}; --resume auto takes the newest complete one")
+        chosen = checkpoint.newest_complete(folder)
+    else:
+        chosen = Path(recipe.resume).expanduser()
+        if not chosen.is_dir():
+            raise UserError(f"resume: {recipe.resume!r} is neither auto, never nor a checkpoint folder")
+        problem = checkpoint.fault(chosen)
+        if problem:
+            raise UserError(f"resume: {chosen} {problem}; --resume auto takes the newest complete one")
+    if chosen and recipe.save_only_model:
+        raise UserError(
+            f"save_only_model: {chosen} holds no optimizer state, so the run cannot go on from there; --resume never "
+            "sets it aside and starts afresh, or make the checkpoint the model_name_or_path of a new run"
+        )
     return chosen
 
 
@@ -270,7 +293,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     loggers = values.get("report_to", [])
     values |= {
         "output_dir": str(folder),
-        "report_to": loggers if loggers in ("none", ["none"]) else sorted({*loggers, "tensorboard"}),
+        "report_to": loggers if set(loggers) & {"all"} or loggers in ("none", ["none"]) else [*loggers, "tensorboard"],
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         # transformers narrates every file it writes at "info": one level quieter than ours.
@@ -281,10 +304,32 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     unknown = sorted(set(values) - supported)
     if unknown:
         raise UserError(f"the installed transformers does not know {', '.join(unknown)}; leave out or upgrade")
+    with _as_user_error("transformers.TrainingArguments"):
+        args = TrainingArguments(**values)
+    with _as_user_error("optim"):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    with _as_user_error(f"lr_scheduler_type {recipe.lr_scheduler_type}, lr_scheduler_kwargs"):
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    with _as_user_error("report_to"):
+        for logger_class in get_reporting_integration_callbacks(args.report_to):
+            logger_class()
+    if args.n_gpu > 1:
+        logger.warning(
+            "training on one of %d GPUs; for all of them: torchrun --nproc-per-node %d -m mambalign ...",
+            args.n_gpu, args.n_gpu,
+        )  # fmt: skip
+        args._n_gpu = 1  # else transformers wraps the model in DataParallel, which cannot cut a flat batch
+    return args
+
+
+@contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    """What is refused here, before any work is done, is something in the recipe: a `UserError` in the same words."""
     try:
-        return TrainingArguments(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"transformers.TrainingArguments: {error}") from error
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any]]:

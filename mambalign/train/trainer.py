@@ -14,15 +14,18 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
-from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows
+from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows, collate_sequences
 from mambalign.train import checkpoint as checkpoints
 from mambalign.train.objectives import (
     Completions,
@@ -32,6 +35,7 @@ from mambalign.train.objectives import (
     sequence_sums,
     sft_loss,
 )
+from mambalign.train.processes import FilledRows, FilledSampler, add_up
 
 logger = logging.getLogger("mambalign")
 
@@ -128,6 +132,7 @@ class PackedTrainer(Trainer):
         write_card: Callable[[Path], None] | None = None,
     ):
         self.objective, self.sampler_seed, self.row_ids, self.write_card = objective, sampler_seed, row_ids, write_card
+        self._metrics_file = MetricsFile()
         super().__init__(
             model=model,
             args=args,
@@ -135,7 +140,7 @@ class PackedTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=[MetricsFile()],
+            callbacks=[self._metrics_file],
         )
         self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
         self._sums: dict[str, float | Tensor] = {}
@@ -151,20 +156,25 @@ class PackedTrainer(Trainer):
         model.train()
         self._clock = self._clock or time.perf_counter()
         total = torch.zeros((), device=self.args.device)
+        if not inputs:
+            # The last round of an epoch had no rows left for this process; the others wait for its gradients: zeros.
+            self.accelerator.backward(0.0 * target_logps(model, _placeholder().to(self.args.device)).sum())
         for number, batch in enumerate(inputs):
-            batch = batch.to(self.args.device)
-            with self.compute_loss_context_manager():
-                loss, sums = self.objective(target_logps(model, batch), batch, "train")
-            # DDP averages gradients over processes; the count is over all of them, so put the sum back.
-            loss = loss * self.accelerator.num_processes / num_items_in_batch
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteLossError(self._advice(batch, float(loss.detach())))
-            last = number == len(inputs) - 1
-            with self.accelerator.no_sync(model) if not last else _nothing():
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            self._count(batch, sums)
+            # DDP decides in the forward pass whether the backward pass will exchange gradients.
+            with nullcontext() if number == len(inputs) - 1 else self.accelerator.no_sync(model):
+                total += self._forward_backward(model, batch.to(self.args.device), num_items_in_batch)
         return total
+
+    def _forward_backward(self, model: nn.Module, batch: PackedBatch, num_items: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss, sums = self.objective(target_logps(model, batch), batch, "train")
+        # DDP averages gradients over processes; the count is over all of them, so put the sum back.
+        loss = loss * self.accelerator.num_processes / num_items
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteLossError(self._advice(batch, float(loss.detach())))
+        self.accelerator.backward(loss)
+        self._count(batch, sums)
+        return loss.detach()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         count = sum(self.objective.items(batch) for batches in batch_samples for batch in batches)
@@ -200,8 +210,21 @@ class PackedTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- the data
 
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size > 1:
+            dataset = FilledRows(dataset, batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return EpochSampler(len(train_dataset or self.train_dataset), self.sampler_seed)
+        data = self.train_dataset if train_dataset is None else train_dataset
+        filled = isinstance(data, FilledRows)
+        self._order = FilledSampler(data, self.sampler_seed) if filled else EpochSampler(len(data), self.sampler_seed)
+        return self._order
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # accelerate does not reach the sampler of a resumed epoch when there are several processes.
+        self._order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     # ---------------------------------------------------------------------------------------- evaluation and logs
 
@@ -227,7 +250,9 @@ class PackedTrainer(Trainer):
                     sums[name] = sums.get(name, 0.0) + value.double()
                 items += self.objective.items(batch)
             self.control: Any = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = {f"{metric_key_prefix}_{name}": float(value) / max(items, 1) for name, value in sums.items()}
+        totals = add_up({name: float(value) for name, value in sums.items()} | {"items": items})
+        items = max(int(totals.pop("items")), 1)
+        metrics = {f"{metric_key_prefix}_{name}": value / items for name, value in totals.items()}
         if isinstance(self.objective, SequenceObjective):
             metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(metrics[f"{metric_key_prefix}_loss"], 700.0))
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
@@ -247,6 +272,7 @@ class PackedTrainer(Trainer):
         """Adds the averages since the last log line to the Trainer's own."""
         if "loss" in logs and "learning_rate" in logs:
             # transformers averages over the steps since the process started; ours survive a restart.
+            self._pool()
             items = max(self._totals["items"], 1)
             logs = logs | {name: float(value) / items for name, value in self._sums.items()}
             logs["tokens_per_second"] = self._totals["tokens"] / max(time.perf_counter() - (self._clock or 0.0), 1e-9)
@@ -260,6 +286,15 @@ class PackedTrainer(Trainer):
             self._clock = time.perf_counter()
         super().log(logs, start_time)
 
+    def _pool(self) -> None:
+        """Hand the sums of all processes to the first, which logs and saves them."""
+        if self.args.world_size == 1:
+            return
+        sums, totals = add_up({name: float(value) for name, value in self._sums.items()}), add_up(self._totals)
+        first = self.is_world_process_zero()
+        self._sums = dict(sums) if first else {}
+        self._totals = {name: int(value) if first else 0 for name, value in totals.items()}
+
     # ----------------------------------------------------------------------------------------------- checkpoints
 
     def _get_output_dir(self, trial: Any = None) -> str:
@@ -267,56 +302,89 @@ class PackedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Staged, sealed, renamed (see `checkpoint.py`). A failed save is reported and training goes on."""
-        run = Path(self.args.output_dir)
-        staging = run / checkpoints.STAGING
-        name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(staging, ignore_errors=True)
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        staging = final.parent / checkpoints.STAGING
+        self._pool()
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Every process writes its own random state; the folder is whole when all are done.
+        failures = gather_object([_failure(lambda: self._stage(model, trial, staging, final))])
+        if self.args.should_save:
+            failure = next(filter(None, failures), None)
+            self._publish(staging / final.name, final, failure)
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _publish(self, staged: Path, final: Path, failure: str | None) -> None:
+        failure = failure or _failure(lambda: checkpoints.publish(staged, final))
+        if failure is None:
+            checkpoints.rotate(final.parent, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+            return
+        kept = checkpoints.newest_complete(final.parent)
+        logger.error(
+            "saving %s failed (%s); training goes on, the newest complete checkpoint is %s. Free space on %s.",
+            final.name, failure, kept.name if kept else "none yet", final.parent,
+        )  # fmt: skip
+
+    def _stage(self, model: nn.Module, trial: Any, staging: Path, final: Path) -> None:
         self._staging: str | None = str(staging)
         try:
             super()._save_checkpoint(model, trial)
-            self._save_accumulators(staging / name)
-            checkpoints.publish(staging / name, run / name)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(staging / name, ignore_errors=True)
-            kept = checkpoints.newest_complete(run)
-            logger.error(
-                "saving %s failed (%s); training goes on, the newest complete checkpoint is %s. Free space on %s.",
-                name, error, kept.name if kept else "none yet", run,
-            )  # fmt: skip
-            return
         finally:
             self._staging = None
-            shutil.rmtree(staging, ignore_errors=True)
         best = self.state.best_global_step
-        self.state.best_model_checkpoint = str(run / f"checkpoint-{best}") if best else None
-        checkpoints.rotate(run, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+        self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}")) if best else None
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / final.name / TRAINER_STATE_NAME))  # with the best one's final place
+            self._save_accumulators(staging / final.name)
 
     def _save_accumulators(self, folder: Path) -> None:
         sums = {name: float(value) for name, value in self._sums.items()}
-        checkpoints.write_json(folder / ACCUMULATORS, {"sums": sums, "totals": self._totals})
+        values = {"sums": sums, "totals": self._totals, "evaluated": self._evaluated, "lines": self._metrics_file.lines}
+        checkpoints.write_json(folder / ACCUMULATORS, values)
 
     def restore_accumulators(self, folder: Path) -> None:
-        """Continue the averages of the log line that the checkpoint interrupted."""
+        """Continue the log where the checkpoint interrupted it: its averages, its last evaluation, its lines."""
         saved = json.loads((folder / ACCUMULATORS).read_text())
-        self._sums, self._totals = saved["sums"], saved["totals"]
+        step, metrics = saved["evaluated"]
+        self._evaluated, self._metrics_file.lines = (step, metrics), saved["lines"]
+        self.args.eval_on_start = False  # the run has started
+        if self.is_world_process_zero():  # the sums are those of all processes
+            self._sums, self._totals = saved["sums"], saved["totals"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.write_card is not None:
             self.write_card(Path(self.args.output_dir))
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
+def _placeholder() -> PackedBatch:
+    """The smallest batch that passes through every parameter."""
+    return collate_sequences([{"input_ids": [0, 0], "loss_mask": [0, 1], "index": 0}])
 
-    def __exit__(self, *_: object) -> None: ...
+
+def _failure(work: Callable[[], None]) -> str | None:
+    """Do `work`; what went wrong if the disk did not take it."""
+    try:
+        work()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        return str(error)
+    return None
 
 
 class MetricsFile(TrainerCallback):
-    """`metrics.jsonl` in the run folder: one line a log, without gaps or doubles however often the run restarts."""
+    """`metrics.jsonl` in the run folder: one line a log, without gaps or doubles however often the run restarts.
+
+    `lines` counts those that are in it; a checkpoint remembers the count, and the lines written after it go when a
+    run resumes there: they will come again.
+    """
+
+    def __init__(self) -> None:
+        self.lines = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._rewind(Path(args.output_dir) / METRICS, state.global_step)
+            self._rewind(Path(args.output_dir) / METRICS)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         # The summary at the end of training averages over the last process only: not worth keeping.
@@ -328,14 +396,12 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch} | logs) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.lines += 1
 
-    @staticmethod
-    def _rewind(path: Path, step: int) -> None:
-        """Drop the lines after `step` (they will come again) and a line that a kill cut short."""
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        beside = path.with_name(f".{METRICS}.partial")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, path)
+    def _rewind(self, path: Path) -> None:
+        kept = read_metrics(path)[: self.lines]
+        checkpoints.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = len(kept)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
+import multiprocessing
+import os
 import random
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +124,26 @@ def test_killed_at_any_step_and_resumed_is_unkilled(stage: str, recipe: Make, tm
     assert_same_run(tmp_path / "calm", folder)
 
 
+@pytest.mark.parametrize("changes", [{}, {"eval_strategy": "epoch", "eval_on_start": True}])
+def test_killed_between_the_last_checkpoint_and_the_end(
+    changes: dict[str, Any], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation is in the log already, nothing else says that the run is finished."""
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), **changes))
+    for moment in ("final_evaluation", "create_model_card"):
+        real = getattr(PackedTrainer, moment)
+
+        def killed(self: PackedTrainer, real: Any = real) -> None:
+            real(self)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(PackedTrainer, moment, killed)
+            run("sft", recipe("sft", output_dir=str(tmp_path / "killed"), **changes))
+    run("sft", recipe("sft", output_dir=str(tmp_path / "killed"), **changes))
+    assert_same_run(tmp_path / "calm", tmp_path / "killed")
+
+
 def test_killed_while_saving(recipe: Make, tmp_path: Path) -> None:
     """The moment a staging folder exists: nothing torn is ever taken for a checkpoint."""
     run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), save_steps=2))
@@ -130,7 +155,9 @@ def test_killed_while_saving(recipe: Make, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "calm", folder)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing file", "flipped bit", "no manifest", "garbled manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "missing file", "flipped bit", "no manifest", "garbled manifest", "null manifest"]
+)
 def test_a_torn_checkpoint_is_skipped_aloud(
     damage: str, recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,7 +179,7 @@ def test_a_torn_checkpoint_is_skipped_aloud(
     elif damage == "no manifest":
         (newest / checkpoint.MANIFEST).unlink()
     else:
-        (newest / checkpoint.MANIFEST).write_text('{"files": ')
+        (newest / checkpoint.MANIFEST).write_text('{"files": ' if damage == "garbled manifest" else "null")
     with caplog.at_level(logging.INFO, logger="mambalign"):
         run("sft", recipe("sft", output_dir=str(torn), save_total_limit=None))
     assert f"skipping {newest}" in caplog.text
@@ -175,8 +202,24 @@ def test_another_recipe_is_refused_and_nothing_is_lost(recipe: Make, tmp_path: P
     with pytest.raises(UserError, match=r"differs in learning_rate \(0.003, now 0.004\)"):
         run("sft", recipe("sft", max_steps=3, learning_rate=4e-3))
     run("sft", recipe("sft", max_steps=3, logging_steps=1))  # how often one logs changes nothing
+    for number in (1, 2):
+        run("sft", recipe("sft", max_steps=3, learning_rate=4e-3, resume="never"))
+        assert (tmp_path / "sft" / f"previous-{number}" / "model.safetensors").is_file()
+    shutil.rmtree(tmp_path / "sft" / "previous-1")
     run("sft", recipe("sft", max_steps=3, learning_rate=4e-3, resume="never"))
     assert (tmp_path / "sft" / "previous-1" / "model.safetensors").is_file()
+
+
+def test_the_model_that_a_run_starts_from_is_never_overwritten(recipe: Make, workbench: Path) -> None:
+    with pytest.raises(UserError, match=r"output_dir: .* is model_name_or_path too"):
+        run("sft", recipe("sft", output_dir=f"{workbench}/sft/../model"))
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed_from(recipe: Make, tmp_path: Path) -> None:
+    only_model = recipe("sft", save_only_model=True)
+    assert killed_run("sft", only_model, lambda f: (f / "checkpoint-3").is_dir())
+    with pytest.raises(UserError, match=r"save_only_model: .*checkpoint-\d+ holds no optimizer state"):
+        run("sft", only_model)
 
 
 def test_resume_from_a_named_checkpoint(recipe: Make, tmp_path: Path) -> None:
@@ -191,14 +234,28 @@ def test_resume_from_a_named_checkpoint(recipe: Make, tmp_path: Path) -> None:
         run("sft", recipe("sft", output_dir=str(tmp_path / "x"), resume=str(tmp_path / "nowhere")))
 
 
-def test_two_processes_in_one_folder(recipe: Make, tmp_path: Path) -> None:
-    import fcntl
+def _hold(lock: str, ready: Any, done: Any) -> None:
+    with Path(lock).open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()
+        ready.set()
+        done.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
 
+
+def test_two_processes_in_one_folder(recipe: Make, tmp_path: Path) -> None:
+    """Refused while the other lives; free as soon as it is dead, although a data worker of it lives on."""
     (tmp_path / "sft").mkdir()
-    with (tmp_path / "sft" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is training"):
-            run("sft", recipe("sft"))
+    context = multiprocessing.get_context("forkserver")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(tmp_path / "sft" / ".lock"), ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(UserError, match="another process is training"):
+        run("sft", recipe("sft"))
+    done.set()
+    other.join()
+    run("sft", recipe("sft", max_steps=1))
 
 
 def test_a_full_disk_fails_the_save_and_not_the_run(
@@ -280,10 +337,19 @@ def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path
         (dict(eval_strategy="steps", dataset_splits=["train"]), "eval_strategy"),
         (dict(lr_scheduler_type="cosine", optim="adamw_nonsense"), "adamw_nonsense"),
         (dict(backend="cuda-magic"), "cuda-magic"),
+        (dict(optim="adamw_8bit"), "optim: .*bitsandbytes"),
+        (dict(optim_args="fast"), "optim: "),
+        (dict(lr_scheduler_kwargs={"speed": 1}), "lr_scheduler_kwargs: .*'speed'"),
+        (dict(report_to=["wandb"]), "report_to: .*pip install wandb"),
+        (dict(report_to=["paper"]), "report_to: paper is not supported"),
+        (dict(fsdp="full_shard"), "fsdp only works in distributed training"),
     ]
     for changes, named in cases:
         with pytest.raises(ValueError, match=named):
             run("sft", recipe("sft", **changes, output_dir=str(tmp_path / f"out-{named[:5]}")))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir: .* cannot be made a folder"):
+        run("sft", recipe("sft", output_dir=str(tmp_path / "file")))
 
 
 def test_chat_tokens_fit_into_the_padding_rows(recipe: Make, tmp_path: Path) -> None:
