@@ -152,6 +152,8 @@ def test_a_wrong_value_is_named_with_what_was_expected(write: Any, text: str, wo
         ({"per_device_train_batch_size": 0}, "above 0"),
         ({"dataset_mixer": {"a": 1, "b": 1}, "dataset_configs": ["x"]}, "each of the 2 datasets"),
         ({"load_best_model_at_end": True}, "eval_strategy"),
+        ({"dataloader_persistent_workers": True}, "dataloader_num_workers above 0"),
+        ({"log_level": "loud"}, "log_level must be one of debug"),
     ],
 )
 def test_values_that_cannot_work_are_refused(keys: dict[str, Any], words: str) -> None:
@@ -242,6 +244,10 @@ def test_training_arguments_are_taken_by_transformers(tmp_path: Path) -> None:
     assert args.gradient_accumulation_steps == 2
     assert set(recipe.training_arguments()) <= supported
     assert Recipe(warmup_steps=30).training_arguments()["warmup_steps"] == 30
+    # Written out in many recipes: the other key's "not set".
+    assert Recipe(warmup_ratio=0.2, warmup_steps=0).training_arguments()["warmup_steps"] == 0.2
+    assert Recipe(warmup_ratio=0, warmup_steps=30).training_arguments()["warmup_steps"] == 30
+    assert Recipe(warmup_ratio=0).training_arguments()["warmup_steps"] == 0
     assert Recipe().training_arguments()["warmup_steps"] == 0.1
 
 

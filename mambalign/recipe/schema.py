@@ -272,7 +272,9 @@ class Recipe:
     logging_steps: float = _arg(10.0, "logging", "Steps between log lines; below 1 a share of all steps.")
     logging_strategy: Interval = _arg("steps", "logging", "When to log: no, steps, epoch.")
     logging_first_step: bool = _arg(True, "logging", "Log the first step too.")
-    log_level: str = _arg("info", "logging", "debug, info, warning, error.")
+    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = _arg(
+        "info", "logging", "How much the libraries say."
+    )
     disable_tqdm: bool | None = _arg(None, "logging", "No progress bar.")
     report_to: list[str] = _arg(
         ["tensorboard"], "logging", "Loggers beside metrics.jsonl: tensorboard, wandb, ...; none for no other."
@@ -289,8 +291,8 @@ class Recipe:
     hub_model_id: str | None = _arg(
         None, "saving", "Repository to push to; null is output_dir's name under your account."
     )
-    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = _arg(
-        "every_save", "saving", "When to push."
+    hub_strategy: Literal["end", "every_save"] = _arg(
+        "every_save", "saving", "When to push: the finished run only, or the model of every checkpoint too."
     )
     hub_private_repo: bool | None = _arg(None, "saving", "Make the repository private.")
     hub_revision: str | None = _arg(None, "saving", "Branch to push to.")
@@ -389,11 +391,9 @@ class Recipe:
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["trainer"]}
         values = {name: value for name, value in values.items() if value is not None}
-        # transformers 5 has no warmup_ratio: warmup_steps below 1 is the share.
-        if self.warmup_steps is not None:
-            values["warmup_steps"] = self.warmup_steps
-        else:
-            values["warmup_steps"] = 0.1 if self.warmup_ratio is None else self.warmup_ratio
+        # transformers 5 has no warmup_ratio: warmup_steps below 1 is the share. Of the two, at most one is not 0.
+        given = [value for value in (self.warmup_steps, self.warmup_ratio) if value is not None]
+        values["warmup_steps"] = max(given, default=0.1)
         processes = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
         values["gradient_accumulation_steps"] = self.accumulation_steps(processes)
         values["report_to"] = self.report_to or "none"
@@ -443,7 +443,7 @@ def _check_values(recipe: Recipe) -> None:
         refuse("label_smoothing", f"loss_type {recipe.loss_type} has none; only sigmoid and robust do")
     if recipe.warmup_ratio is not None and not 0 <= recipe.warmup_ratio < 1:
         refuse("warmup_ratio", "it is a share of all steps from 0 to below 1; write a number of steps as warmup_steps")
-    if recipe.warmup_ratio is not None and recipe.warmup_steps:
+    if recipe.warmup_ratio and recipe.warmup_steps:
         refuse("warmup_ratio", f"warmup_steps ({recipe.warmup_steps:g}) is given too; keep one of them")
     if recipe.max_steps == 0 or recipe.max_steps < -1:
         refuse("max_steps", "it is a number of steps, or -1 to let num_train_epochs decide")
@@ -456,6 +456,8 @@ def _check_values(recipe: Recipe) -> None:
     for name, share in recipe.dataset_mixer.items():
         if not isinstance(share, dict) and (isinstance(share, bool) or not isinstance(share, int | float) or share < 0):
             raise UserError(f"dataset_mixer: {name!r} has {share!r}; it must be a fraction of its rows, or a map")
+    if recipe.dataloader_persistent_workers and not recipe.dataloader_num_workers:
+        refuse("dataloader_persistent_workers", "there are none to keep; set dataloader_num_workers above 0")
     if recipe.load_best_model_at_end and recipe.eval_strategy == "no":
         refuse("load_best_model_at_end", "nothing is evaluated during training; set eval_strategy: steps or epoch")
 
