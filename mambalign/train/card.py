@@ -97,20 +97,14 @@ def push(folder: Path, recipe: Recipe) -> None:
     if not recipe.push_to_hub:
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        api = HfApi()
-        repo = api.create_repo(
-            recipe.hub_model_id or folder.name, private=recipe.hub_private_repo, exist_ok=True
-        ).repo_id
-        if recipe.hub_revision:
-            api.create_branch(repo, branch=recipe.hub_revision, exist_ok=True)
-        api.upload_folder(
+        repo = _repository(folder, recipe)
+        HfApi().upload_folder(
             repo_id=repo, folder_path=folder, ignore_patterns=NOT_UPLOADED, revision=recipe.hub_revision,
             commit_message="Finished run",
         )  # fmt: skip
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except _hub_errors() as error:
         raise UserError(
             f"the run is finished and whole in {folder}, but pushing it to the hub failed: {error}. "
             "Log in with `hf auth login` and upload the folder, or set push_to_hub: false"
@@ -118,11 +112,31 @@ def push(folder: Path, recipe: Recipe) -> None:
     logger.info("pushed to https://huggingface.co/%s", repo)
 
 
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """No network, no right, no login, a name that cannot be a repository's."""
+    from huggingface_hub import errors
+
+    return (errors.HTTPError, OSError, ValueError)  # type: ignore[attr-defined]  # of whichever HTTP library it uses
+
+
+def _repository(folder: Path, recipe: Recipe) -> str:
+    """The full name of the repository to push to, made (with its branch) if it is not there."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repo: str = api.create_repo(
+        recipe.hub_model_id or folder.name, private=recipe.hub_private_repo, exist_ok=True
+    ).repo_id
+    if recipe.hub_revision:
+        api.create_branch(repo, branch=recipe.hub_revision, exist_ok=True)
+    return repo
+
+
 class _PushCheckpoints(TrainerCallback):
     """Uploads the model of every checkpoint in the background; a failed upload is reported and forgotten."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, repository: str, recipe: Recipe):
+        self.repository, self.recipe = repository, recipe
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -131,7 +145,7 @@ class _PushCheckpoints(TrainerCallback):
         from huggingface_hub import HfApi
 
         future: Any = HfApi().upload_folder(
-            repo_id=self.recipe.hub_model_id or Path(args.output_dir).name,
+            repo_id=self.repository,
             folder_path=folder,
             allow_patterns=["*.json", "*.safetensors", "*.jinja"],
             ignore_patterns=["trainer_state.json", "manifest.json", "accumulators.json"],
@@ -148,6 +162,19 @@ class _PushCheckpoints(TrainerCallback):
 
 
 def attach_hub(trainer: Any, recipe: Recipe) -> None:
-    """Push along the way where the recipe says `push_to_hub: true` with a `hub_strategy` other than "end"."""
-    if recipe.push_to_hub and recipe.hub_strategy != "end":
-        trainer.add_callback(_PushCheckpoints(recipe))
+    """Make the repository of a run with `push_to_hub: true` before days are spent, and push along the way if asked.
+
+    Raises:
+        UserError: the hub does not take it: not logged in, no network, no right to write there.
+    """
+    if not recipe.push_to_hub or not trainer.is_world_process_zero():
+        return
+    try:
+        repository = _repository(Path(trainer.args.output_dir), recipe)
+    except _hub_errors() as error:
+        raise UserError(
+            f"push_to_hub: the hub refuses the repository ({error}). Log in with `hf auth login`, or train with "
+            "push_to_hub: false and upload the folder later"
+        ) from error
+    if recipe.hub_strategy != "end":
+        trainer.add_callback(_PushCheckpoints(repository, recipe))
