@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from mambalign.cli import app
+from mambalign.recipe import STAGES, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+)[^)]*\)")
@@ -29,6 +34,26 @@ def test_make_verbs_in_the_documents_exist() -> None:
     for document in DOCUMENTS:
         used = set(re.findall(r"`make ([a-z-]+)", document.read_text(encoding="utf-8")))
         assert used <= verbs, f"{document.name} names {sorted(used - verbs)}"
+
+
+def test_mambalign_commands_in_the_documents_are_understood() -> None:
+    """Verbs exist, recipes are there and load with the options that are shown."""
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands} | {"recipes"}
+    for document in DOCUMENTS:
+        for block in re.findall(r"```(?:bash)?\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
+            for line in re.findall(r"^mambalign .*$", block, flags=re.M):
+                verb, *words = shlex.split(line, comments=True)[1:]
+                assert verb in verbs, f"{document.name}: {line}"
+                if words and words[0].startswith("recipes/"):
+                    load_recipe(ROOT / words[0], words[1:], stage=verb if verb in STAGES else None)
+
+
+def test_performance_shows_the_measured_numbers() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))["rows"]
+    for row in measured:
+        line = next(line for line in page.splitlines() if line.startswith(f"| {row['tokens']:,} |"))
+        assert all(f" {row[name]:,.1f} " in line for name in ("transformers", "mambalign") if row[name]), line
 
 
 def test_make_help_lists_every_verb() -> None:

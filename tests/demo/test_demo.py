@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from mambalign.cli import app
 from mambalign.data.chat import apply_template, check_template, encode_messages
 from mambalign.demo import main, report, tasks
 from mambalign.demo.evaluate import difference, judge, share
 from mambalign.demo.tokenizer import ROLES, build_tokenizer
 from mambalign.recipe import Recipe, UserError
+
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +194,22 @@ def test_the_written_recipes_are_the_ones_that_ran(finished: Path) -> None:
             Recipe.from_dict(written, stage=stage).to_dict().items()
             >= {key: ran[key] for key in ("learning_rate", "max_length", "seed")}.items()
         )
+
+
+def test_the_readmes_examples_run_after_the_demo(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo-run").symlink_to(finished)
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    for block in (text for language, text in blocks if language == "python"):
+        exec(compile(block, "README.md", "exec"), {})
+    lines = [line for language, text in blocks if language == "bash" for line in text.splitlines()]
+    converting = [line for line in lines if line.startswith("mambalign convert")]
+    assert len(converting) == 2
+    for line in converting:
+        result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+        assert result.exit_code == 0, result.output
 
 
 def test_the_conversation_sees_its_history(tokenizer) -> None:
