@@ -38,7 +38,7 @@ class Segments:
         count = self.cu_seqlens.numel() - 1
         if self.cu_seqlens.dim() != 1 or count < 0:
             raise ValueError(
-                f"cu_seqlens must be one-dimensional with at least one entry, got {list(cu_seqlens.shape)}"
+                f"cu_seqlens must be one-dimensional with at least one entry, got {list(self.cu_seqlens.shape)}"
             )
         if parent is None:
             parent = torch.full((count,), -1)

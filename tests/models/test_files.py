@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,18 @@ def test_a_disk_that_fills_up(tmp_path: Path, layout: Any, there: str) -> None:
     assert torch.equal(logits(load_model(target)), logits(large))
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
 def test_a_replacement_that_was_killed_is_no_model_and_can_be_redone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
 ) -> None:
     target = save_model(tiny_model(), tmp_path / "m")
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    replace, moves = os.replace, iter(range(moved))
+
+    def killed(*names: Any) -> None:
+        if next(moves, None) is None:
+            raise KeyboardInterrupt
+        replace(*names)
 
     with monkeypatch.context() as patch:
         patch.setattr("mambalign.models.files.os.replace", killed)

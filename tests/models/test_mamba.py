@@ -282,7 +282,8 @@ def test_a_batch_of_uneven_continuations(both: tuple[Any, Any]) -> None:
     first, second = torch.randint(2, V, (2, 7)), torch.randint(2, V, (2, 5))
     mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
     cache = model(first, use_cache=True).cache_params
-    out = model(second * mask, cache_params=cache, use_cache=True, attention_mask=mask)
+    both_turns = torch.cat([torch.ones_like(first), mask], 1)  # as generate() passes it
+    out = model(second * mask, cache_params=cache, use_cache=True, attention_mask=both_turns)
     alone = model(torch.cat([first[:1], second[:1, 2:]], 1)).logits
     assert relative(out.logits[:1, 2:], alone[:, 7:]) < 1e-5
     step = model(second[:, :1], cache_params=out.cache_params, use_cache=True).logits
@@ -305,6 +306,13 @@ def test_state_parameters_stay_fp32(both: tuple[Any, Any], family: str, dtype: t
             else:
                 assert parameter.dtype in (dtype, torch.float16), name
     assert loaded(torch.randint(2, V, (1, 5))).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("in_fp32", [True, False])
+def test_the_residual_stream_is_as_wide_as_the_config_says(family: str, in_fp32: bool) -> None:
+    model = FAMILIES[family][2](config_of(family, residual_in_fp32=in_fp32)).bfloat16()
+    stream = model(torch.randint(2, V, (1, 5)), output_hidden_states=True).hidden_states
+    assert {hidden.dtype for hidden in stream[:-1]} == {torch.float32 if in_fp32 else torch.bfloat16}
 
 
 def test_pure_bf16_trains(both: tuple[Any, Any]) -> None:

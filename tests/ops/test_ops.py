@@ -340,6 +340,8 @@ def test_errors_name_the_argument() -> None:
         token_logps(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 7, 2]))
     with pytest.raises(ValueError, match="index of an earlier segment"):
         Segments.from_lengths([1, 2], [1, -1])
+    with pytest.raises(ValueError, match=r"one-dimensional.*got \[1, 2\]"):
+        Segments([[0, 3]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="never decrease"):
         Segments(torch.tensor([0, 3, 2]))
 
