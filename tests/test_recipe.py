@@ -152,6 +152,7 @@ def test_a_wrong_value_is_named_with_what_was_expected(write: Any, text: str, wo
         ({"per_device_train_batch_size": 0}, "above 0"),
         ({"dataset_mixer": {"a": 1, "b": 1}, "dataset_configs": ["x"]}, "each of the 2 datasets"),
         ({"load_best_model_at_end": True}, "eval_strategy"),
+        ({"seed": -1}, "from 0 to 4294967295"),
         ({"dataloader_persistent_workers": True}, "dataloader_num_workers above 0"),
         ({"log_level": "loud"}, "log_level must be one of debug"),
     ],
@@ -172,6 +173,11 @@ def test_a_stage_needs_its_keys(write: Any) -> None:
         load_recipe(write(MINIMAL | {"dataset_splits": ["test_sft"]}), stage="sft")
     with pytest.raises(UserError, match="recipe for dpo"):
         load_recipe(write(MINIMAL | {"stage": "dpo"}), stage="sft")
+
+
+def test_yaml_anchors_are_merged_and_overridden(write: Any) -> None:
+    text = "dataset_mixer:\n  a: &shared {fraction: 0.5, split: train}\n  b: {<<: *shared, fraction: 1.0}\n"
+    assert load_recipe(write(text)).dataset_mixer["b"] == {"fraction": 1.0, "split": "train"}
 
 
 def test_broken_files_are_named_with_their_line(write: Any, tmp_path: Path) -> None:

@@ -437,6 +437,10 @@ def _check_values(recipe: Recipe) -> None:
         value = getattr(recipe, key)
         if value is not None and value < 0:
             refuse(key, "it must not be negative")
+    for key in ("seed", "data_seed", "dataset_seed"):
+        value = getattr(recipe, key)
+        if value is not None and not 0 <= value < 2**32:
+            refuse(key, "it must be from 0 to 4294967295")
     if not 0 <= recipe.label_smoothing < 0.5:
         refuse("label_smoothing", "it is a rate of flipped labels from 0 to below 0.5")
     if recipe.label_smoothing and recipe.loss_type not in ("sigmoid", "robust"):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from mambalign.data.packing import Collator, PackedRows
+from mambalign.recipe import UserError
 from mambalign.train.objectives import sequence_sums
 from mambalign.train.trainer import target_logps
 
@@ -120,7 +121,13 @@ def _digest(part: Tensor) -> str:
 
 def _write(path: Path, key: str, part: Tensor) -> None:
     beside = path.with_name(f".{path.name}.partial")
-    save_file({"logps": part}, str(beside), metadata={"key": key, "sha256": _digest(part)})
+    try:
+        save_file({"logps": part}, str(beside), metadata={"key": key, "sha256": _digest(part)})
+    except SafetensorError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written ({error}); free space there and run again: the parts before it are kept"
+        ) from error
     os.replace(beside, path)
 
 

@@ -307,9 +307,9 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     with _as_user_error("transformers.TrainingArguments"):
         args = TrainingArguments(**values)
     with _as_user_error("optim"):
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer_class, optimizer_options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **optimizer_options)
     with _as_user_error(f"lr_scheduler_type {recipe.lr_scheduler_type}, lr_scheduler_kwargs"):
-        optimizer = torch.optim.SGD([torch.zeros(1)])
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     with _as_user_error("report_to"):
         for logger_class in get_reporting_integration_callbacks(args.report_to):

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mambalign.recipe import Recipe, UserError
@@ -312,6 +313,20 @@ def test_the_reference_cache_is_reused_and_verified(
     assert "cannot be read" in again()
 
 
+def test_a_full_disk_in_the_reference_pass_is_one_sentence(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambalign.train import reference
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"part-00000\.safetensors cannot be written"):
+        patch.setattr(reference, "save_file", full)
+        run("dpo", recipe("dpo", max_steps=1))
+    run("dpo", recipe("dpo", max_steps=1))
+
+
 def test_a_diverging_loss_stops_with_the_rows(recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mambalign.train import trainer as module
 
@@ -339,6 +354,7 @@ def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path
         (dict(backend="cuda-magic"), "cuda-magic"),
         (dict(optim="adamw_8bit"), "optim: .*bitsandbytes"),
         (dict(optim_args="fast"), "optim: "),
+        (dict(adam_beta1=1.5), "optim: Invalid beta"),
         (dict(lr_scheduler_kwargs={"speed": 1}), "lr_scheduler_kwargs: .*'speed'"),
         (dict(report_to=["wandb"]), "report_to: .*pip install wandb"),
         (dict(report_to=["paper"]), "report_to: paper is not supported"),
