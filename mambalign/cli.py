@@ -80,6 +80,7 @@ def _user_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
+        print(file=sys.stderr)  # the cursor stands in a progress bar, behind ^C
         _say(f"interrupted{interrupted}")
         raise typer.Exit(130) from None
     except Exception as error:
