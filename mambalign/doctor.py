@@ -19,7 +19,7 @@ REQUIRED = (
 )  # fmt: skip
 # What each adds here; none is needed for training on a CPU or one GPU.
 OPTIONAL = {
-    "triton": "GPU kernels",
+    "cuda-bindings": "GPU kernels",
     "bitsandbytes": "8-bit optimizers, 4-bit weights",
     "peft": "adapters",
     "wandb": "report_to: wandb",
@@ -30,7 +30,7 @@ OPTIONAL = {
     "mamba-ssm": "not used; its kernels are replaced by ours",
     "causal-conv1d": "not used; its kernels are replaced by ours",
 }
-OPS = ("selective_scan", "causal_conv1d", "token_logps")
+OPS = ("selective_scan", "causal_conv1d", "token_logps", "rms_norm")
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 

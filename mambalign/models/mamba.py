@@ -22,7 +22,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as hf_falcon
 from transformers.models.mamba import modeling_mamba as hf_mamba
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
 
-from mambalign.ops import Segments, causal_conv1d, selective_scan, token_logps
+from mambalign.ops import Segments, causal_conv1d, rms_norm, selective_scan, token_logps
 from mambalign.ops.backends import take_rows
 
 # The recurrence is an exponential of these; the authors keep them in fp32 whatever the rest is in
@@ -54,10 +54,12 @@ def _rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(hf_mamba.MambaRMSNorm):
-    """transformers' norm with the sum in at least fp32; returns the input's dtype times the weight's."""
+    """transformers' norm with the sum in at least fp32; returns the input's dtype times the weight's, or `dtype`."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.weight * _rms_norm(hidden_states, self.variance_epsilon).to(hidden_states.dtype)
+    backend = "auto"
+
+    def forward(self, hidden_states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype, self.backend)
 
 
 class PackedMixer:
@@ -83,11 +85,11 @@ class PackedMixer:
         assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
         delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
         conv_state, ssm_state = self._read(cache_params)
-        x, z = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
+        x, z = self.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
         silu = self.activation in ("silu", "swish")
         x, conv_state = causal_conv1d(
             x,
-            self.conv1d.weight[:, 0],
+            self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             "silu" if silu else None,
             segments,
@@ -164,7 +166,10 @@ class PackedBlock:
     ) -> Tensor:
         narrow = self.residual_in_fp32 and hidden_states.dtype.itemsize < 4
         residual = hidden_states.float() if narrow else hidden_states
-        normed = self.norm(hidden_states).to(self.norm.weight.dtype)
+        device = hidden_states.device.type
+        # What the input projection works in; where the norm writes it at once, autocast has nothing left to copy.
+        working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
+        normed = self.norm(hidden_states, working)
         mixed: Tensor = self.mixer(normed, cache_params=cache_params, segments=segments)
         return residual + mixed
 
@@ -305,10 +310,10 @@ class PackedCausalLM:
         self.post_init()
 
     def set_backend(self: Any, backend: str) -> None:
-        """Use `backend` ("auto" or a name) for the convolution, the scan and the log-probs."""
-        self.backend = backend
-        for block in self.backbone.layers:
-            block.mixer.backend = backend
+        """Use `backend` ("auto" or a name) for every op."""
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
 
     def forward(
         self: Any,

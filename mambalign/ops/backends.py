@@ -13,17 +13,24 @@ from torch import Tensor
 logger = logging.getLogger("mambalign")
 
 
-def select(op: str, backend: str, available: Mapping[str, Any], automatic: str, reason: str) -> tuple[str, str]:
-    """Resolve `backend` to (name, reason): a name always wins, "auto" means `automatic` for `reason`.
+REASONS = {"cuda": "kernels compiled for this GPU", "torch": "plain PyTorch, on any device"}
+
+
+def select(op: str, backend: str, available: Mapping[str, Any], no_cuda: str | None) -> tuple[str, str]:
+    """Resolve `backend` to (name, reason): a name always wins; "auto" is "cuda" unless `no_cuda` says why it cannot be.
 
     Raises:
-        ValueError: a name that is not available, naming those that are.
+        ValueError: a name that is not available, naming those that are, or "cuda" where it cannot run.
     """
     if backend == "auto":
-        _say_once(op, automatic, reason)
-        return automatic, reason
+        name = "torch" if no_cuda else "cuda"
+        reason = REASONS[name] + (f"; the cuda backend {no_cuda}" if no_cuda else "")
+        _say_once(op, name, reason)
+        return name, reason
     if backend not in available:
         raise ValueError(f"{op}: no backend {backend!r}; choose auto, {', '.join(sorted(available))}")
+    if backend == "cuda" and no_cuda:
+        raise ValueError(f"{op}: backend 'cuda' {no_cuda}; choose auto to run without it")
     return backend, "asked for by name"
 
 

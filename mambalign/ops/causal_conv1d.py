@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambalign.ops import reference, torch_conv
+from mambalign.ops import cuda_conv, reference, torch_conv
 from mambalign.ops.backends import select
 from mambalign.ops.segments import Segments, whole
 
-BACKENDS = {"torch": torch_conv.causal_conv1d, "reference": reference.causal_conv1d}
+BACKENDS = {
+    "cuda": cuda_conv.causal_conv1d,
+    "torch": torch_conv.causal_conv1d,
+    "reference": reference.causal_conv1d,
+}
 
 
-def select_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """(name, reason) of the backend that runs on `device`; raises `ValueError` when a named one does not exist."""
-    return select("causal_conv1d", backend, BACKENDS, "torch", f"shifted products in PyTorch, on {device.type}")
+def select_backend(backend: str, device: torch.device, *inputs: Tensor | None) -> tuple[str, str]:
+    """(name, reason) of the backend that runs on `device`, for these inputs (weight first) where given.
+
+    Raises:
+        ValueError: a named backend that does not exist, or cannot run on them.
+    """
+    return select("causal_conv1d", backend, BACKENDS, cuda_conv.unavailable(device, *inputs))
 
 
 def causal_conv1d(
@@ -54,7 +62,7 @@ def causal_conv1d(
     """
     segments = whole(x.shape[0]) if segments is None else segments
     _check(x, weight, bias, activation, segments, initial_state)
-    run = BACKENDS[select_backend(backend, x.device)[0]]
+    run = BACKENDS[select_backend(backend, x.device, weight, x, bias, initial_state)[0]]
     y, final_state = run(x, weight, bias, activation, segments, initial_state)
     return (y, final_state) if output_final_state else y
 

@@ -102,3 +102,9 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     valid = labels != -100
     picked = logps.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     return torch.where(valid, picked, torch.zeros_like(picked))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Equation (4) of arXiv 1910.07467 with eps inside the root."""
+    exact = x.to(compute_dtype(x, weight))
+    return (exact / (exact.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.to(exact.dtype)).to(dtype)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambalign.ops import reference, torch_scan
+from mambalign.ops import cuda_scan, reference, torch_scan
 from mambalign.ops.backends import select
 from mambalign.ops.segments import Segments, whole
 
-BACKENDS = {"torch": torch_scan.selective_scan, "reference": reference.selective_scan}
+BACKENDS = {
+    "cuda": cuda_scan.selective_scan,
+    "torch": torch_scan.selective_scan,
+    "reference": reference.selective_scan,
+}
 
 
-def select_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """(name, reason) of the backend that runs on `device`; raises `ValueError` when a named one does not exist."""
-    return select("selective_scan", backend, BACKENDS, "torch", f"chunked PyTorch with recomputation, on {device.type}")
+def select_backend(backend: str, device: torch.device, *inputs: Tensor | None) -> tuple[str, str]:
+    """(name, reason) of the backend that runs on `device`, for these inputs (A first) where given.
+
+    Raises:
+        ValueError: a named backend that does not exist, or cannot run on them.
+    """
+    return select("selective_scan", backend, BACKENDS, cuda_scan.unavailable(device, *inputs))
 
 
 def selective_scan(
@@ -61,7 +69,7 @@ def selective_scan(
     """
     segments = whole(u.shape[0]) if segments is None else segments
     _check(u, delta, A, B, C, D, z, delta_bias, segments, initial_state)
-    run = BACKENDS[select_backend(backend, u.device)[0]]
+    run = BACKENDS[select_backend(backend, u.device, A, u, delta, B, C, D, z, delta_bias, initial_state)[0]]
     y, final_state = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, initial_state)
     return (y, final_state) if output_final_state else y
 

@@ -8,74 +8,81 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambalign.ops import reference
+from mambalign.ops import cuda_logps, nvrtc, reference, torch_logps
 from mambalign.ops.backends import select, without_autocast
 from mambalign.ops.reference import compute_dtype
 
 IGNORE = -100
-CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
+# Logits held at a time. On a CPU 64 MiB in fp32; a GPU wants long rows of blocks: 256 MiB in bf16.
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 class TokenLogps(torch.autograd.Function):
-    """A chunk of rows at a time; the backward pass makes the chunk's logits again instead of keeping them."""
+    """A chunk of rows at a time; the backward pass makes the chunk's logits again instead of keeping them.
+
+    `rows`: the module with the two row-wise functions, `forward` and `backward_`.
+    """
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
-        dtype = compute_dtype(hidden, weight)
-        logps = torch.zeros(labels.shape[0], dtype=dtype, device=hidden.device)
-        log_z = torch.zeros_like(logps)
-        for rows in torch.arange(labels.shape[0], device=hidden.device).split(chunk_size):
-            logits = _logits(hidden, weight, rows, dtype)
-            log_z[rows] = logits.logsumexp(1)
-            logps[rows] = logits.gather(1, labels[rows].clamp(min=0)[:, None])[:, 0] - log_z[rows]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, rows: Any) -> Tensor:
+        logps = torch.empty(labels.shape[0], dtype=compute_dtype(hidden, weight), device=hidden.device)
+        log_z = torch.empty_like(logps)
+        for start in range(0, labels.shape[0], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logps[chunk], log_z[chunk] = rows.forward(_logits(hidden[chunk], weight), labels[chunk])
         ctx.save_for_backward(hidden, weight, labels, log_z)
-        ctx.chunk_size = chunk_size
-        return logps.masked_fill_(labels == IGNORE, 0.0)
+        ctx.chunk_size, ctx.rows = chunk_size, rows
+        return logps
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels, log_z = ctx.saved_tensors
-        dtype = compute_dtype(hidden, weight)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        d_logps = d_logps.masked_fill(labels == IGNORE, 0.0)
-        for rows in torch.arange(labels.shape[0], device=hidden.device).split(ctx.chunk_size):
-            # d logp / d logits = onehot(label) - softmax(logits)
-            d_logits = _logits(hidden, weight, rows, dtype).sub_(log_z[rows, None]).exp_().neg_()
-            target = labels[rows].clamp(min=0)[:, None]
-            d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=dtype))
-            d_logits = d_logits.mul_(d_logps[rows, None]).to(torch.promote_types(hidden.dtype, weight.dtype))
+        d_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
+        for start in range(0, labels.shape[0], ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            logits = _logits(hidden[chunk], weight)
+            d_logits = ctx.rows.backward_(logits, labels[chunk], log_z[chunk], d_logps[chunk])
             if d_hidden is not None:
-                d_hidden[rows] = (d_logits @ weight.to(d_logits.dtype)).to(hidden.dtype)
+                d_hidden[chunk] = (d_logits @ weight.to(d_logits.dtype)).to(hidden.dtype)
             if d_weight is not None:
-                d_weight += d_logits.T @ hidden[rows].to(d_logits.dtype)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+                d_weight += d_logits.T @ hidden[chunk].to(d_logits.dtype)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix product runs in the inputs' own precision, everything after it in `dtype`."""
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The matrix product runs in the inputs' own precision, everything after it in fp32 (fp64)."""
     common = torch.promote_types(hidden.dtype, weight.dtype)
-    return (hidden[rows].to(common) @ weight.to(common).T).to(dtype)
-
-
-def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
-    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size)
-    return logps
+    return hidden.to(common) @ weight.to(common).T
 
 
 def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
     return reference.token_logps(hidden, weight, labels)
 
 
-BACKENDS = {"torch": _chunked, "reference": _reference}
+def _torch(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size, torch_logps)
+    return logps
 
 
-def select_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """(name, reason) of the backend that runs on `device`; raises `ValueError` when a named one does not exist."""
-    return select("token_logps", backend, BACKENDS, "torch", f"chunked head in PyTorch, on {device.type}")
+def _cuda(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size, cuda_logps)
+    return logps
+
+
+BACKENDS = {"cuda": _cuda, "torch": _torch, "reference": _reference}
+
+
+def select_backend(backend: str, device: torch.device, *inputs: Tensor | None) -> tuple[str, str]:
+    """(name, reason) of the backend that runs on `device`, for these inputs where given.
+
+    Raises:
+        ValueError: a named backend that does not exist, or cannot run on them.
+    """
+    return select("token_logps", backend, BACKENDS, nvrtc.unavailable(device, *inputs))
 
 
 def token_logps(
@@ -86,7 +93,7 @@ def token_logps(
     Args:
         hidden: `[T, H]`, bf16, fp16, fp32 or fp64; row t must already be the one that *predicts* `labels[t]`.
         weight: `[V, H]`, the head. labels: int64 `[T]`, -100 for rows without one.
-        chunk_size: rows whose logits exist at a time; None keeps them near 16 million elements.
+        chunk_size: rows whose logits exist at a time; None chooses by device.
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
 
     Returns:
@@ -106,12 +113,13 @@ def token_logps(
         raise ValueError(
             f"token_logps: labels must be int64 [{hidden.shape[0]}], got {labels.dtype} {list(labels.shape)}"
         )
-    # On a GPU this look at the labels would wait for the device at every step; indexing asserts there anyway.
+    # On a GPU this look at the labels would wait for the device at every step; there a wrong one makes NaN or asserts.
     if labels.device.type == "cpu" and bool(((labels != IGNORE) & ((labels < 0) | (labels >= weight.shape[0]))).any()):
         raise ValueError(f"token_logps: labels must be -100 or in [0, {weight.shape[0]})")
     if torch.is_autocast_enabled(hidden.device.type):
         # The head is a projection like any other: autocast runs it in its own dtype, both ways.
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    rows = chunk_size or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return BACKENDS[select_backend(backend, hidden.device)[0]](hidden, weight, labels, rows)
+    held = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
+    rows = chunk_size or max(1, held // weight.shape[0])
+    return BACKENDS[select_backend(backend, hidden.device, hidden, weight)[0]](hidden, weight, labels, rows)

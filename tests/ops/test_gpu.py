@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambalign.ops import Segments, causal_conv1d, selective_scan, token_logps
+from mambalign.ops import Segments, causal_conv1d, rms_norm, selective_scan, token_logps
 from tests.ops.test_ops import (
     TOLERANCE,
     TREES,
@@ -35,30 +35,57 @@ def projected(op: Any, inputs: dict[str, torch.Tensor], **options: Any) -> dict[
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(t.shape, generator=generator).to(t.device) for t in (y, final)]
     loss = (y * weights[0]).sum() + (final * weights[1]).sum()
-    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    gradients = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
     results = {"y": y, "final_state": final} | dict(zip(inputs, gradients, strict=True))
     return {name: value.double().cpu() for name, value in results.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tree", TREES)
-def test_scan_and_conv(tree: str, dtype: torch.dtype) -> None:
+def test_scan_and_conv(tree: str, dtype: torch.dtype, backend: str) -> None:
     segments = Segments.from_lengths(*TREES[tree])
+    T, S = segments.num_tokens, segments.num_segments
     for op, inputs, options in (
-        (selective_scan, scan_inputs(segments.num_tokens, segments.num_segments, dtype), {"delta_softplus": True}),
-        (causal_conv1d, conv_inputs(segments.num_tokens, segments.num_segments, dtype), {"activation": "silu"}),
+        (selective_scan, scan_inputs(T, S, dtype, D=40, N=16), {"delta_softplus": True}),
+        (causal_conv1d, conv_inputs(T, S, dtype, D=40), {"activation": "silu"}),
     ):
         theirs = outputs_and_gradients(op, exact(inputs), segments=segments, backend="reference", **options)
-        first, second = (projected(op, on_gpu(inputs), segments=segments, **options) for _ in range(2))
+        first, second = (projected(op, on_gpu(inputs), segments=segments, backend=backend, **options) for _ in range(2))
         assert_same(first, theirs, TOLERANCE[dtype])
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_token_logps() -> None:
-    hidden, weight = torch.randn(300, 64).requires_grad_(), torch.randn(1000, 64).requires_grad_()
-    labels = torch.randint(1000, (300,))
+@pytest.mark.parametrize("shift", [-9.0, -3.0, 3.0], ids=["long memory", "usual memory", "short memory"])
+def test_scan_cut_into_pieces(shift: float) -> None:
+    """Long enough to be cut for parallelism, with decays from almost none to almost all; against float64 on the GPU."""
+    segments = Segments.from_lengths([5000, 3000, 300], [-1, 0, 0])
+    inputs = scan_inputs(8300, 3, torch.float32, D=64, N=16)
+    inputs["delta_bias"] = (inputs["delta_bias"] + shift).detach()
+    options = {"segments": segments, "delta_softplus": True}
+    theirs = projected(selective_scan, on_gpu(exact(inputs)), backend="torch", **options)
+    ours = projected(selective_scan, on_gpu(inputs), backend="cuda", **options)
+    assert_same(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [1000, 1001])
+def test_token_logps(vocabulary: int, dtype: torch.dtype) -> None:
+    hidden, weight = (torch.randn(n, 64).to(dtype).requires_grad_() for n in (300, vocabulary))
+    labels = torch.randint(vocabulary, (300,))
     labels[::7] = -100
-    theirs = torch.autograd.grad(token_logps(hidden, weight, labels, backend="reference").sum(), (hidden, weight))
+    double = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    theirs = torch.autograd.grad(token_logps(*double, labels, backend="reference").sum(), double)
     moved = [t.detach().cuda().requires_grad_() for t in (hidden, weight)]
-    ours = torch.autograd.grad(token_logps(*moved, labels.cuda(), chunk_size=128).sum(), moved)
-    assert all(relative_error(a.cpu(), b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+    ours = torch.autograd.grad(token_logps(*moved, labels.cuda(), chunk_size=128, backend="cuda").sum(), moved)
+    assert all(relative_error(a.cpu(), b) < 10 * TOLERANCE[dtype] for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("width", [63, 768, 4096])
+def test_norm(width: int) -> None:
+    x, weight = torch.randn(130, width, requires_grad=True), torch.randn(width, requires_grad=True)
+    moved = [t.detach().cuda().requires_grad_() for t in (x, weight)]
+    ours = torch.autograd.grad(rms_norm(*moved, backend="cuda").pow(3).sum(), moved)
+    double = [t.detach().double().requires_grad_() for t in (x, weight)]
+    theirs = torch.autograd.grad(rms_norm(*double, backend="reference").pow(3).sum(), double)
+    assert all(relative_error(a.cpu(), b) < 1e-5 for a, b in zip(ours, theirs, strict=True))

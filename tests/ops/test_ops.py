@@ -328,8 +328,8 @@ def test_errors_name_the_argument() -> None:
         selective_scan(**inputs | {"B": inputs["B"][:5]})
     with pytest.raises(ValueError, match="segments cover 5 tokens, u has 6"):
         selective_scan(**inputs, segments=Segments.from_lengths([5]))
-    with pytest.raises(ValueError, match="no backend 'cuda'; choose auto, reference, torch"):
-        selective_scan(**inputs, backend="cuda")
+    with pytest.raises(ValueError, match="no backend 'metal'; choose auto, cuda, reference, torch"):
+        selective_scan(**inputs, backend="metal")
     with pytest.raises(ValueError, match="C must be floating point"):
         selective_scan(**inputs | {"C": inputs["C"].long()})
     with pytest.raises(ValueError, match="delta is on meta"):

@@ -1,0 +1,157 @@
+"""CUDA C++ compiled at run time: `pip` is the only installer, no compiler is needed.
+
+NVRTC comes with CUDA builds of torch; `cuda-bindings` (the extra `gpu`) is its Python face. A source is compiled for a
+device and a set of macros in a few seconds, once: machine code is kept in `~/.cache/mambalign/kernels`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import logging
+import os
+import re
+import struct
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("mambalign")
+
+CACHE = Path.home() / ".cache" / "mambalign" / "kernels"
+PREAMBLE = Path(__file__).with_name("scalars.cuh")
+IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in the preamble
+
+
+def unavailable(device: torch.device, *inputs: Tensor | None) -> str | None:
+    """Why no kernel can run on `device`, or on these inputs; None if one can."""
+    if any(t is not None and t.dtype == torch.float64 for t in inputs):
+        return "computes in fp32, and an input is fp64"
+    return _unavailable(device)
+
+
+@cache
+def _unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 (Ampere) or newer"
+    try:
+        importlib.import_module("cuda.bindings.nvrtc")
+    except ImportError:
+        return "needs cuda-bindings: pip install 'mambalign[gpu]'"
+    return None
+
+
+@cache
+def fields(source: Path) -> tuple[str, ...]:
+    """Names of the members of `struct Params` in `source`, in order."""
+    body = re.search(r"struct Params \{(.*?)\n\};", source.read_text(), re.S)
+    assert body, f"{source.name} has no struct Params"
+    code = re.sub(r"//.*", "", body.group(1))
+    return tuple(re.findall(r"(\w+)\s*[,;]", code))
+
+
+def pack(source: Path, values: dict[str, Any]) -> Any:
+    """`struct Params` as 8-byte words: tensors become addresses; None, and what is not named, 0."""
+    words = {name: _word(value) for name, value in values.items()}
+    names = fields(source)
+    assert words.keys() <= set(names), f"not in struct Params of {source.name}: {sorted(words.keys() - set(names))}"
+    return (ctypes.c_int64 * len(names))(*(words.get(name, 0) for name in names))
+
+
+def _word(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, float):
+        return int.from_bytes(struct.pack("<d", value), "little", signed=True)
+    return int(value or 0)
+
+
+class Module:
+    """The kernels of one compiled source on one device; each takes a single `struct Params`."""
+
+    def __init__(self, source: Path, macros: tuple[tuple[str, int], ...], device: torch.device):
+        from cuda.bindings import driver
+
+        self._driver, self.source, self.device = driver, source, device
+        started = time.perf_counter()
+        self._image = _compile(source, macros, device)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes torch's context current
+            self._library = _checked(driver.cuModuleLoadData(self._image))
+        self._functions: dict[str, Any] = {}
+        logger.info("%s compiled for %s in %.1f s", source.name, device, time.perf_counter() - started)
+
+    def launch(self, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any]) -> None:
+        """Start kernel `name` on the current stream; nothing is started for an empty grid."""
+        if 0 in grid:
+            return
+        driver = self._driver
+        if name not in self._functions:
+            function = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
+            carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _checked(driver.cuFuncSetAttribute(function, carveout, 100))
+            self._functions[name] = function
+        params = pack(self.source, values)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _checked(
+                driver.cuLaunchKernel(
+                    self._functions[name], *grid, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
+                )
+            )
+
+
+@cache
+def module(source: Path, macros: tuple[tuple[str, int], ...], device: torch.device) -> Module:
+    """`source` compiled with `macros` for `device`, once per process."""
+    return Module(source, macros, device)
+
+
+def _compile(source: Path, macros: tuple[tuple[str, int], ...], device: torch.device) -> bytes:
+    """Machine code for `device`, from the cache where an earlier process made the same."""
+    from cuda.bindings import nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"--gpu-architecture=sm_{major}{minor}", *(f"-D{name}={value}" for name, value in macros)]
+    text = PREAMBLE.read_bytes() + b'#line 1 "' + source.name.encode() + b'"\n' + source.read_bytes()
+    version = nvrtc.nvrtcVersion()[1:]
+    kept = CACHE / f"{source.stem}-{hashlib.sha256(repr((version, options)).encode() + text).hexdigest()}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], []))
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{source.name}: {error}\n{log.decode(errors='replace')}")
+    image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    _keep(kept, image)
+    return image
+
+
+def _keep(path: Path, image: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(image)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.debug("%s is not kept (%s): the next process compiles it again", path, error)
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The value of a call of CUDA's, which returns (error, value)."""
+    error, *values = result
+    if int(error):
+        raise RuntimeError(f"CUDA: {error!r}")
+    return values[0] if values else None

@@ -1,0 +1,136 @@
+// RMS norm on a GPU, a block a row, each element read once: see ops/cuda_norm.py.
+//
+// Compiled for the element types of input (X_IO) and output (IO, both as in scalars.cuh) and the row length WIDTH.
+
+#define THREADS 128
+#define VEC 4
+#define PACKS ((WIDTH + THREADS * VEC - 1) / (THREADS * VEC))  // that a thread owns of every row
+
+#if X_IO == 0
+typedef float x_io;
+__device__ __forceinline__ float widen_x(x_io x) { return x; }
+__device__ __forceinline__ x_io narrow_x(float x) { return x; }
+#elif X_IO == 1
+typedef half_bits x_io;
+__device__ __forceinline__ float widen_x(x_io x) { return from_bf16(x); }
+__device__ __forceinline__ x_io narrow_x(float x) { return to_bf16(x); }
+#else
+typedef half_bits x_io;
+__device__ __forceinline__ float widen_x(x_io x) { return from_fp16(x); }
+__device__ __forceinline__ x_io narrow_x(float x) { return to_fp16(x); }
+#endif
+
+struct Params {
+  const x_io* x;        // [rows, WIDTH], like y, d_y and d_x
+  const float* weight;  // [WIDTH]
+  const io* d_y;
+  io* y;
+  x_io* d_x;
+  float *scales, *d_weights;  // 1 / rms of every row; [grid, WIDTH]: the share of every block
+  i64 num_rows;
+  double eps;
+};
+
+template <class T>
+struct alignas(VEC * sizeof(T)) Pack {
+  T v[VEC];
+};
+
+// The sum over a block, in every thread, in a fixed order.
+__device__ __forceinline__ float over_block(float x) {
+  __shared__ float sums[THREADS / 32];
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) x += from_lane_xor(x, mask);
+  __syncthreads();  // the sums of the row before have been read
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < THREADS / 32; ++warp) x += sums[warp];
+  return x;
+}
+
+// Whole packs where rows are a multiple of VEC long, else elements; zeros beyond the row.
+template <class T, class Widen>
+__device__ __forceinline__ void load(float (&to)[PACKS][VEC], const T* row, Widen widen_one) {
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int column = (k * THREADS + threadIdx.x) * VEC;
+    Pack<T> pack;
+    if (WIDTH % VEC == 0 && column < WIDTH) pack = *(const Pack<T>*)(row + column);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      if (WIDTH % VEC && column + i < WIDTH) pack.v[i] = row[column + i];
+      to[k][i] = column + i < WIDTH ? widen_one(pack.v[i]) : 0.f;
+    }
+  }
+}
+
+template <class T, class Narrow>
+__device__ __forceinline__ void store(T* row, const float (&from)[PACKS][VEC], Narrow narrow_one) {
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int column = (k * THREADS + threadIdx.x) * VEC;
+    Pack<T> pack;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      pack.v[i] = narrow_one(from[k][i]);
+      if (WIDTH % VEC && column + i < WIDTH) row[column + i] = pack.v[i];
+    }
+    if (WIDTH % VEC == 0 && column < WIDTH) *(Pack<T>*)(row + column) = pack;
+  }
+}
+
+__device__ __forceinline__ float same(float x) { return x; }
+
+extern "C" __global__ void __launch_bounds__(THREADS) norm_forward(const Params p) {
+  float weight[PACKS][VEC];
+  load(weight, p.weight, same);
+  for (i64 r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
+    float x[PACKS][VEC], squares = 0.f;
+    load(x, p.x + r * WIDTH, widen_x);
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) squares += x[k][i] * x[k][i];
+    const float scale = rsqrtf(over_block(squares) / WIDTH + (float)p.eps);
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) x[k][i] *= scale * weight[k][i];
+    store(p.y + r * WIDTH, x, narrow);
+    if (threadIdx.x == 0) p.scales[r] = scale;
+  }
+}
+
+// With g = weight * d_y and xhat = x * scale: d_x = scale * (g - xhat * mean(g * xhat)), d_weight = sum of d_y * xhat.
+extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const Params p) {
+  float weight[PACKS][VEC], d_weight[PACKS][VEC];
+  load(weight, p.weight, same);
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) d_weight[k][i] = 0.f;
+  for (i64 r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
+    float x[PACKS][VEC], g[PACKS][VEC], dot = 0.f;
+    const float scale = p.scales[r];
+    load(x, p.x + r * WIDTH, widen_x);
+    load(g, p.d_y + r * WIDTH, widen);
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        x[k][i] *= scale;
+        d_weight[k][i] += g[k][i] * x[k][i];
+        g[k][i] *= weight[k][i];
+        dot += g[k][i] * x[k][i];
+      }
+    dot = over_block(dot) / WIDTH;
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) g[k][i] = scale * (g[k][i] - x[k][i] * dot);
+    store(p.d_x + r * WIDTH, g, narrow_x);
+  }
+  store(p.d_weights + (i64)blockIdx.x * WIDTH, d_weight, same);
+}

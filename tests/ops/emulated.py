@@ -1,0 +1,128 @@
+"""The CUDA kernels without a GPU: the same source compiled as C++, a warp's lanes as fibers in lockstep.
+
+Slow and exact: it finds wrong arithmetic, indices, strides and lanes that part ways. What it cannot show is the
+compiler, most memory hazards between lanes, and speed; tests marked `gpu` run the real thing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mambalign.ops import nvrtc
+
+COMPILER = shutil.which("g++")
+
+PRELUDE = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+#define EMULATED
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+struct alignas(16) float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct Index { unsigned x, y, z; };
+static Index threadIdx, blockIdx, blockDim, gridDim;
+static float rsqrtf(float x) { return 1.f / sqrtf(x); }
+static int min(int a, int b) { return a < b ? a : b; }
+
+// A lane runs until it needs the others. All must get there: lanes that part ways are an error.
+static ucontext_t scheduler, lanes[1024];
+static bool done[1024];
+static unsigned turns[1024];
+static float exchanged[2][1024];
+static void wait_for_others() {
+  const unsigned lane = threadIdx.x;
+  ++turns[lane];
+  swapcontext(&lanes[lane], &scheduler);
+}
+static void __syncwarp() { wait_for_others(); }
+static void __syncthreads() { wait_for_others(); }
+static float from_lane_xor(float x, int mask) {
+  const unsigned lane = threadIdx.x, side = turns[lane] & 1;
+  exchanged[side][lane] = x;
+  wait_for_others();
+  return exchanged[side][lane ^ mask];
+}
+
+typedef unsigned short half_bits;
+static float exp2_fast(float x) { return exp2f(x); }
+static float reciprocal(float x) { return 1.f / x; }
+static float from_bf16(half_bits x) { uint32_t y = (uint32_t)x << 16; float z; memcpy(&z, &y, 4); return z; }
+static half_bits to_bf16(float x) {
+  uint32_t y; memcpy(&y, &x, 4);
+  return std::isnan(x) ? 0x7fc0 : (y + 0x7fff + (y >> 16 & 1)) >> 16;
+}
+static float from_fp16(half_bits x) { _Float16 y; memcpy(&y, &x, 2); return y; }
+static half_bits to_fp16(float x) { _Float16 y = x; half_bits z; memcpy(&z, &y, 2); return z; }
+"""
+
+LAUNCHER = r"""
+static void (*kernel)(const Params);
+static Params params;
+static void lane_main() {
+  kernel(params);
+  done[threadIdx.x] = true;
+}
+extern "C" int launch(void (*what)(const Params), const Params* with, int gx, int gy, int threads) {
+  static std::vector<char> stacks[1024];
+  kernel = what, params = *with, blockDim = {(unsigned)threads, 1, 1}, gridDim = {(unsigned)gx, (unsigned)gy, 1};
+  for (int y = 0; y < gy; ++y)
+    for (int x = 0; x < gx; ++x) {
+      blockIdx = {(unsigned)x, (unsigned)y, 0};
+      for (int t = 0; t < threads; ++t) {
+        stacks[t].resize(1 << 16), done[t] = false, turns[t] = 0;
+        getcontext(&lanes[t]);
+        lanes[t].uc_stack.ss_sp = stacks[t].data(), lanes[t].uc_stack.ss_size = stacks[t].size();
+        lanes[t].uc_link = &scheduler;
+        makecontext(&lanes[t], lane_main, 0);
+      }
+      for (bool going = true; going;) {
+        for (int t = 0; t < threads; ++t) threadIdx = {(unsigned)t, 0, 0}, swapcontext(&scheduler, &lanes[t]);
+        for (int t = 1; t < threads; ++t) if (done[t] != done[0] || turns[t] != turns[0]) return 1;
+        going = !done[0];
+      }
+    }
+  return 0;
+}
+"""
+
+
+class EmulatedModule:
+    """Stands in for `nvrtc.Module` where tensors are on the CPU."""
+
+    def __init__(self, source: Path, macros: tuple[tuple[str, int], ...], folder: Path):
+        assert COMPILER is not None
+        self.source = source
+        text, library = folder / f"{source.stem}.cpp", folder / f"{source.stem}.so"
+        folder.mkdir(parents=True, exist_ok=True)
+        text.write_text(f'{PRELUDE}\n#include "{nvrtc.PREAMBLE}"\n#include "{source}"\n{LAUNCHER}')
+        defined = [f"-D{name}={value}" for name, value in macros]
+        subprocess.run(
+            [COMPILER, "-O2", "-std=c++17", "-w", "-shared", "-fPIC", *defined, str(text), "-o", str(library)],
+            check=True,
+        )
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any]) -> None:
+        params = nvrtc.pack(self.source, values)
+        failed = self._library.launch(getattr(self._library, name), ctypes.byref(params), *grid, threads)
+        assert not failed, f"{name}: the lanes of a warp parted ways at a barrier or a shuffle"
+
+
+@cache
+def module(source: Path, macros: tuple[tuple[str, int], ...], folder: Path) -> EmulatedModule:
+    """Compiled once per test process."""
+    return EmulatedModule(source, macros, folder / "-".join(f"{name}{value}" for name, value in macros))

@@ -1,0 +1,205 @@
+"""The CUDA kernels, emulated on the CPU: their own source, all of their host code, against the reference loops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mambalign.ops import Segments, causal_conv1d, cuda_logps, cuda_scan, nvrtc, rms_norm, selective_scan, token_logps
+from mambalign.ops.reference import compute_dtype
+from tests.ops import emulated
+from tests.ops.test_ops import (
+    TOLERANCE,
+    TREES,
+    assert_same,
+    conv_inputs,
+    outputs_and_gradients,
+    relative_error,
+    scan_inputs,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here to compile the emulation with")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("emulated")
+    return lambda source, macros: emulated.module(source, macros, folder / source.stem)
+
+
+@pytest.fixture(autouse=True)
+def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(nvrtc, "module", lambda source, macros, device: built(source, macros))
+    monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
+    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
+    yield
+
+
+@pytest.fixture(params=["whole segments", "pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long segments are cut for parallelism; no cut may show."""
+    if request.param == "pieces":
+        monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", 32)
+
+
+def compare(op: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, **options: Any) -> None:
+    ours = outputs_and_gradients(op, inputs, backend="cuda", **options)
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    theirs = outputs_and_gradients(op, exact, backend="reference", **options)
+    assert_same({k: v.double() for k, v in ours.items()}, theirs, TOLERANCE[dtype])
+    assert ours["y"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_scan(tree: str, dtype: torch.dtype, pieces: None) -> None:
+    segments = Segments.from_lengths(*TREES[tree])
+    for D, N in ((5, 3), (40, 16)):
+        inputs = scan_inputs(segments.num_tokens, segments.num_segments, dtype, D=D, N=N)
+        compare(selective_scan, inputs, dtype, segments=segments, delta_softplus=True)
+
+
+@pytest.mark.parametrize("missing", ["D", "z", "delta_bias", "initial_state"])
+def test_scan_without_optional_inputs(missing: str, pieces: None) -> None:
+    segments = Segments.from_lengths([70, 4, 6, 20], [-1, 0, 0, -1])
+    inputs = scan_inputs(100, 4, torch.float32)
+    del inputs[missing]
+    inputs["delta"] = inputs["delta"].detach().abs().requires_grad_()  # without softplus a step must be positive
+    compare(selective_scan, inputs, torch.float32, segments=segments)
+
+
+@pytest.mark.parametrize("shift", [-9.0, 3.0], ids=["long memory", "short memory"])
+def test_scan_of_weak_and_strong_decay(shift: float, pieces: None) -> None:
+    segments = Segments.from_lengths([200, 90, 33], [-1, 0, 0])
+    inputs = scan_inputs(323, 3, torch.float32)
+    inputs["delta_bias"] = (inputs["delta_bias"] + shift).detach().requires_grad_()
+    compare(selective_scan, inputs, torch.float32, segments=segments, delta_softplus=True)
+
+
+def test_inputs_of_several_types() -> None:
+    """As under autocast: the widest type decides, and every gradient has its input's own."""
+    segments = Segments.from_lengths([9, 4, 6], [-1, 0, 0])
+    inputs = scan_inputs(19, 3, torch.bfloat16)
+    inputs["delta"] = inputs["delta"].detach().float().requires_grad_()
+    compare(selective_scan, inputs, torch.bfloat16, segments=segments, delta_softplus=True)
+    inputs = conv_inputs(19, 3, torch.bfloat16)
+    inputs["weight"] = inputs["weight"].detach().float().requires_grad_()
+    compare(causal_conv1d, inputs, torch.bfloat16, segments=segments, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("tree", TREES)
+def test_conv(tree: str, activation: str | None, dtype: torch.dtype) -> None:
+    segments = Segments.from_lengths(*TREES[tree])
+    for D in (5, 8):  # rows of one element at a time, and of vectors
+        inputs = conv_inputs(segments.num_tokens, segments.num_segments, dtype, D=D)
+        compare(causal_conv1d, inputs, dtype, segments=segments, activation=activation)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
+def test_conv_of_every_width_crosses_forks(width: int) -> None:
+    segments = Segments.from_lengths([2, 1, 3, 1, 1, 5, 70], [-1, 0, 1, 0, 3, 4, 0])
+    inputs = conv_inputs(segments.num_tokens, segments.num_segments, torch.float32, W=width)
+    compare(causal_conv1d, inputs, torch.float32, segments=segments, activation="silu")
+
+
+def test_rows_with_gaps_between_them() -> None:
+    """What a model passes: halves and slices of wider projections, and gradients that arrive transposed."""
+    segments = Segments.from_lengths([9, 4, 6, 20], [-1, 0, 0, -1])
+    for op, inputs, options in (
+        (selective_scan, scan_inputs(39, 4, torch.float32), {"delta_softplus": True}),
+        (causal_conv1d, conv_inputs(39, 4, torch.float32, D=8), {"activation": "silu"}),
+    ):
+        views = {k: v.detach().repeat_interleave(2, dim=0)[::2].requires_grad_() for k, v in inputs.items()}
+        plain = outputs_and_gradients(op, inputs, segments=segments, backend="cuda", **options)
+        assert_same(outputs_and_gradients(op, views, segments=segments, backend="cuda", **options), plain, 0.0)
+        y = op(**inputs, segments=segments, backend="cuda", **options)
+        turned = torch.randn(y.shape[1], y.shape[0]).T
+        first = next(iter(inputs.values()))
+        ours = torch.autograd.grad(y, first, turned, retain_graph=True)
+        assert torch.equal(ours[0], torch.autograd.grad(y, first, turned.contiguous())[0])
+
+
+@pytest.mark.parametrize("vocabulary", [2, 7, 50, 264, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_logps(vocabulary: int, dtype: torch.dtype) -> None:
+    hidden, weight = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (37, vocabulary))
+    labels = torch.randint(vocabulary, (37,))
+    labels[::7] = -100
+    projection = torch.randn(37)
+    results = []
+    for backend, inputs in (("cuda", (hidden, weight)), ("reference", (hidden.double(), weight.double()))):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        logps = token_logps(*inputs, labels, chunk_size=8, backend=backend)
+        assert logps.dtype == compute_dtype(*inputs)
+        results.append((logps, *torch.autograd.grad((logps * projection).sum(), inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < TOLERANCE[dtype]
+    assert results[0][0][labels == -100].eq(0).all()
+
+
+@pytest.mark.parametrize("width", [1, 37, 64, 700])
+@pytest.mark.parametrize(
+    ("x_dtype", "weight_dtype", "dtype"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, None),
+        (torch.float16, torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+def test_norm(x_dtype: torch.dtype, weight_dtype: torch.dtype, dtype: torch.dtype | None, width: int) -> None:
+    x, weight = torch.randn(2, 5, width).to(x_dtype), torch.randn(width).to(weight_dtype)
+    results = []
+    for backend, inputs in (("cuda", (x, weight)), ("reference", (x.double(), weight.double()))):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        y = rms_norm(*inputs, 1e-3, dtype if backend == "cuda" else None, backend=backend)
+        results.append((y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum(), inputs)))
+    assert results[0][0].dtype == (dtype or torch.promote_types(x_dtype, weight_dtype))
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < max(TOLERANCE[d] for d in (x_dtype, weight_dtype))
+
+
+def test_logits_of_any_size_and_unknown_labels() -> None:
+    logits = torch.tensor([[-1e4, 0.0, 1e4], [-3e4, -3e4, -3e4], [0.0, 0.0, 0.0]])
+    logps, log_z = cuda_logps.forward(logits, torch.tensor([1, 2, 5]))
+    assert torch.allclose(log_z, logits.logsumexp(1))
+    assert logps[0] == -1e4 and abs(logps[1] + 1.0986123) < 1e-2 and logps[2].isnan()
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    segments = Segments.from_lengths([40, 9, 9, 9, 30], [-1, 0, 0, 0, -1])
+    for op, inputs, options in (
+        (selective_scan, scan_inputs(97, 5, torch.bfloat16, D=64, N=16), {"delta_softplus": True}),
+        (causal_conv1d, conv_inputs(97, 5, torch.bfloat16, D=64), {"activation": "silu"}),
+    ):
+        runs = [outputs_and_gradients(op, inputs, segments=segments, backend="cuda", **options) for _ in range(2)]
+        assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+
+
+def test_what_a_backend_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = scan_inputs(5, 1, torch.float32, N=17)
+    with pytest.raises(ValueError, match="holds at most 16 states a channel, A has 17"):
+        selective_scan(**wide, backend="cuda")
+    with pytest.raises(ValueError, match="computes in fp32, and an input is fp64"):
+        causal_conv1d(**conv_inputs(5, 1, torch.float64), backend="cuda")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="backend 'cuda' needs an NVIDIA GPU"):
+        token_logps(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 2]), backend="cuda")
+
+
+def test_structs_of_host_and_kernels_agree() -> None:
+    for source, constants in (
+        (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
+        (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES}),
+    ):
+        for name, value in constants.items():
+            assert re.search(rf"#define {name} {value}\b", source.read_text()), name
