@@ -37,7 +37,7 @@ SOURCE = Path(__file__).with_name("selective_scan.cu")
 STATES, LANES, TILE = 16, 32, 32
 # Warps a multiprocessor should have; long segments are cut where there are fewer. The backward pass cuts more: it gets
 # the states at its cuts from the forward pass for free. No more than 7 of its warps fit at a time.
-FORWARD_WARPS, BACKWARD_WARPS = 7, 14
+FORWARD_WARPS, BACKWARD_WARPS = 9, 21
 SHORTEST_PIECE = 256  # tokens: cutting costs a second walk over what is cut
 LONGEST_PIECE = 1 << 15  # tokens: the kernels' offsets within a unit are 32 bits wide
 STATIC = True  # compile for the row lengths at hand: addresses then cost no instructions (a sixth of all)
@@ -218,8 +218,9 @@ class _Call:
         macros = {"IO": IO[self.dtype], "GATED": "z" in self.values, "SOFTPLUS": self.softplus}
         macros["ALIGNED_ROWS"] = self.N == STATES and all(self.aligned(name) for name in ("B", "C"))
         if STATIC:
-            strides = {f"STATIC_{name}": self.values.get(f"{name}_stride", 0) for name in ("u", "delta", "z", "d_out")}
-            macros |= {"STATIC": 1, "STATIC_WIDTH": self.D} | strides
+            # What a pass does not read has the usual length, so that both passes share one build.
+            strides = {n: self.values.get(f"{n}_stride", self.D) for n in ("u", "delta", "z", "d_out")}
+            macros |= {"STATIC": 1, "STATIC_WIDTH": self.D} | {f"STATIC_{name}": n for name, n in strides.items()}
         key = tuple((name, int(value)) for name, value in macros.items())
         module(key, self.device).launch(kernel, grid, threads, values)
 

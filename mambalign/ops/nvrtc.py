@@ -43,9 +43,9 @@ def _unavailable(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0 (Ampere) or newer"
     try:
-        importlib.import_module("cuda.bindings.nvrtc")
-    except ImportError:
-        return "needs cuda-bindings: pip install 'mambalign[gpu]'"
+        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except (ImportError, OSError, RuntimeError) as error:  # the package, or the library that it looks for
+        return f"needs cuda-bindings and NVRTC: pip install 'mambalign[gpu]' ({' '.join(str(error).split())})"
     return None
 
 

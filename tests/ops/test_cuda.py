@@ -65,6 +65,15 @@ def test_scan(tree: str, dtype: torch.dtype, pieces: None) -> None:
         compare(selective_scan, inputs, dtype, segments=segments, delta_softplus=True)
 
 
+def test_scan_compiled_for_its_row_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; here every shape but this one shares a build that reads the lengths at run time."""
+    monkeypatch.setattr(cuda_scan, "STATIC", True)
+    segments = Segments.from_lengths([70, 4, 40], [-1, 0, 0])
+    inputs = scan_inputs(114, 3, torch.float32, D=40, N=16)
+    inputs["z"] = torch.randn(114, 80)[:, 40:].requires_grad_()
+    compare(selective_scan, inputs, torch.float32, segments=segments, delta_softplus=True)
+
+
 @pytest.mark.parametrize("missing", ["D", "z", "delta_bias", "initial_state"])
 def test_scan_without_optional_inputs(missing: str, pieces: None) -> None:
     segments = Segments.from_lengths([70, 4, 6, 20], [-1, 0, 0, -1])
