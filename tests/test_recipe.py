@@ -171,6 +171,11 @@ def test_a_stage_needs_its_keys(write: Any) -> None:
         load_recipe(write(MINIMAL | {"max_length": 512, "max_prompt_length": 512}), stage="dpo")
     with pytest.raises(UserError, match="nothing is left to train on"):
         load_recipe(write(MINIMAL | {"dataset_splits": ["test_sft"]}), stage="sft")
+    only_test = MINIMAL | {"dataset_splits": ["test"]}
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        load_recipe(write(only_test | {"dataset_mixer": {"d": {"split": "dev"}}}), stage="sft")
+    for own in ({"splits": ["train_x", "test_x"]}, {"split": "train_x"}):
+        load_recipe(write(only_test | {"dataset_mixer": {"d": own}}), stage="sft")
     with pytest.raises(UserError, match="recipe for dpo"):
         load_recipe(write(MINIMAL | {"stage": "dpo"}), stage="sft")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mambalign.recipe import Recipe
+from mambalign.recipe import Recipe, entry_splits, is_test_split
 
 # Published base models of the supported families: DPO of one has no instruction-following reference to stay near.
 _BASE_MODEL = re.compile(r"(^|/)mamba-\d+(\.\d+)?[mb](-slimpj)?(-hf)?/?$|(^|/)falcon-mamba-7b/?$")
@@ -77,20 +77,13 @@ def _precision(recipe: Recipe) -> Iterator[Finding]:
 
 def _splits(recipe: Recipe) -> Iterator[Finding]:
     for name, entry in recipe.dataset_mixer.items():
-        split = entry.get("split") if isinstance(entry, dict) else None
-        if split is not None and "test" in str(split).lower():
+        splits = entry_splits(name, entry)
+        if splits and all(map(is_test_split, splits)):
             yield Finding(
                 "warning",
                 "dataset_mixer",
-                f"{name}: split {split!r} is named a test split; it is only evaluated, never trained on",
+                f"{name}: split {', '.join(splits)} is by its name only evaluated, never trained on",
             )
-    if recipe.eval_strategy != "no" and not recipe.test_splits:
-        yield Finding(
-            "error",
-            "eval_strategy",
-            f"{recipe.eval_strategy}, but no split of dataset_splits {recipe.dataset_splits} is named test; "
-            "name one, or set eval_strategy: no",
-        )
 
 
 def _adapters(recipe: Recipe) -> Iterator[Finding]:

@@ -205,7 +205,13 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
     from mambalign.data.packing import PackedRows
 
     rows = load_mix(replace(recipe, max_eval_samples=None), kind)
-    if len(rows) == 0:
+    if len(rows) == 0:  # only of the test kind
+        if recipe.eval_strategy != "no":
+            report.fail(
+                "eval_strategy",
+                f"{recipe.eval_strategy}, but there are no rows to evaluate on: none of dataset_splits "
+                f"{recipe.dataset_splits} that is there is named test; name one, or set eval_strategy: no",
+            )
         return None
     total = len(rows)
     if kind == "test" and recipe.max_eval_samples:

@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from mambalign.recipe import UserError, is_test_split, nearest
+from mambalign.recipe import UserError, entry_splits, is_test_split, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,8 @@ def parse_source(name: str, entry: Any, config: str | None = None) -> Source:
         if unknown:
             hint = nearest(unknown[0], _ENTRY_KEYS) or f"; known are {', '.join(_ENTRY_KEYS)}"
             raise UserError(f"{where}: unknown key {unknown[0]!r}{hint}")
-        for one, other in (("fraction", "weight"), ("split", "splits")):
-            if one in entry and other in entry:
-                raise UserError(f"{where}: give {one} or {other}, not both")
+        if "fraction" in entry and "weight" in entry:
+            raise UserError(f"{where}: give fraction or weight, not both")
         options = dict(entry)
     else:
         options = {"fraction": entry}
@@ -71,10 +70,6 @@ def parse_source(name: str, entry: Any, config: str | None = None) -> Source:
     max_samples = options.get("max_samples")
     if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
         raise UserError(f"{where}.max_samples: {max_samples!r} must be a whole number of rows, at least 1")
-    splits = options.get("splits", options.get("split")) or []
-    splits = [splits] if isinstance(splits, str) else splits
-    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
-        raise UserError(f"{where}: splits {splits!r} must be a name or a list of names")
     columns = options.get("columns") or {}
     if not isinstance(columns, Mapping) or not all(isinstance(column, str) for column in columns.values()):
         raise UserError(f"{where}.columns: {columns!r} must be a map of the wanted name to the dataset's")
@@ -82,7 +77,7 @@ def parse_source(name: str, entry: Any, config: str | None = None) -> Source:
         name=name,
         weight=weight,
         max_samples=max_samples,
-        splits=tuple(splits) or None,
+        splits=tuple(entry_splits(name, entry)) or None,
         config=options.get("config", config),
         columns=dict(columns),
         data_files=options.get("data_files"),

@@ -43,17 +43,39 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 5e-7, "max_length": 1024},
 }
 NO_REFERENCE = ("simpo", "orpo")
-_TEST_WORDS = re.compile(r"test|eval|valid|held-?_?out|(?<![a-z])(?:val|dev)(?![a-z])", re.IGNORECASE)
+# Whole words only: `latest`, `contest`, `retrieval`, `invalid` and `testimonials` are no test sets.
+_TEST_WORDS = re.compile(
+    r"(?<![a-z])(?:(?:test|eval|val|valid|dev)(?:s|set|data|split)?|testing|test-?dev|test-?mini|evaluations?|validation"
+    r"|development|h[eo]ld[-_ ]?out)(?![a-z])"
+)
 
 
 def is_test_split(name: str) -> bool:
-    """Whether a split (or file) of this name is for evaluation only.
+    """Whether a split (or file) of this name is for evaluation only: whether one of its words says so.
 
     Example:
-        >>> [is_test_split(n) for n in ("test_sft", "validation", "heldout", "dev", "train", "train_devices")]
-        [True, True, True, True, False, False]
+        >>> [is_test_split(n) for n in ("test_sft", "validation", "heldout", "myTest", "train", "latest", "retrieval")]
+        [True, True, True, True, False, False, False]
     """
-    return bool(_TEST_WORDS.search(name))
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    return bool(_TEST_WORDS.search(words.lower()))
+
+
+def entry_splits(name: str, entry: Any) -> list[str]:
+    """The splits that the `dataset_mixer` entry `name` gives itself, before the recipe's `dataset_splits`.
+
+    Raises:
+        UserError: both `split` and `splits`, or neither a name nor a list of names.
+    """
+    if not isinstance(entry, dict):
+        return []
+    if "split" in entry and "splits" in entry:
+        raise UserError(f"dataset_mixer.{name}: give split or splits, not both")
+    splits = entry.get("splits", entry.get("split")) or []
+    splits = [splits] if isinstance(splits, str) else splits
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise UserError(f"dataset_mixer.{name}: splits {splits!r} must be a name or a list of names")
+    return splits
 
 
 def _key(default: Any, group: str, help: str, trainer: bool = False) -> Any:
@@ -344,8 +366,8 @@ class Recipe:
             )
         if stage == "dpo" and self.truncation == "split":
             raise UserError("truncation: split cuts plain text; a preference pair can be keep_start, keep_end or drop")
-        own_splits = any(isinstance(entry, dict) and "split" in entry for entry in self.dataset_mixer.values())
-        if not self.train_splits and not own_splits:
+        own = [split for item in self.dataset_mixer.items() for split in entry_splits(*item)]
+        if not self.train_splits and all(map(is_test_split, own)):
             raise UserError(f"dataset_splits {self.dataset_splits} name only test splits; nothing is left to train on")
 
     @property

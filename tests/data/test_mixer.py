@@ -34,9 +34,14 @@ def asked(rows: datasets.Dataset) -> list[str]:
     ("name", "expected"),
     [
         (name, True)
-        for name in ("test", "test_sft", "eval", "validation", "heldout", "held_out", "val", "dev_set", "my-val")
+        for name in "test test_sft sft_test test-1 test2023 tests testset testA sftTest eval gsm8k.eval eval_prefs "
+        "evaluation validation validation_matched valid heldout held_out hold-out val valset dev dev_set my-val".split()
     ]
-    + [(name, False) for name in ("train", "train_sft", "devices", "gen", "interval")],
+    + [
+        (name, False)
+        for name in "train train_sft devices gen interval latest contest attestation testimonials retrieval medieval "
+        "invalid validated evaluator develop sft".split()
+    ],
 )
 def test_names_of_evaluation_splits(name: str, expected: bool) -> None:
     assert is_test_split(name) is expected
