@@ -203,6 +203,7 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
     Without a tokenizer files and columns are looked at all the same."""
     from mambalign.data.mixer import load_mix, tokenize_preferences, tokenize_sft, tokenize_text
     from mambalign.data.packing import PackedRows
+    from mambalign.data.tokenizing import list_lengths
 
     rows = load_mix(replace(recipe, max_eval_samples=None), kind)
     if len(rows) == 0:  # only of the test kind
@@ -231,7 +232,7 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
     pairs = stage == "dpo"
     columns = ("prompt_ids", "chosen_ids", "rejected_ids") if pairs else ("input_ids",)
     for column in columns:
-        section[f"{column.removesuffix('_ids')}_tokens"] = _distribution(_list_lengths(tokenized.dataset, column))
+        section[f"{column.removesuffix('_ids')}_tokens"] = _distribution(list_lengths(tokenized.dataset, column))
     _data_warnings(report, recipe, kind, key, len(rows), tokenized)
     packed = PackedRows(
         tokenized.dataset,
@@ -249,6 +250,8 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
 
 
 def _data_warnings(report: CheckReport, recipe: Recipe, kind: str, key: str, looked_at: int, tokenized: Any) -> None:
+    from mambalign.data.tokenizing import list_lengths
+
     counts: dict[str, int | float] = tokenized.report
     section = report.sections[kind]
     trained, tokens = counts.get("trained_tokens", 0), counts.get("tokens", 0)
@@ -266,8 +269,8 @@ def _data_warnings(report: CheckReport, recipe: Recipe, kind: str, key: str, loo
     if skipped:
         report.warn(key, f"{skipped} of {looked_at} {kind} rows would be skipped: {_reasons(tokenized)}")
     if "chosen_ids" in tokenized.dataset.column_names:
-        chosen, rejected = (_list_lengths(tokenized.dataset, f"{side}_ids") for side in ("chosen", "rejected"))
-        longer = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(chosen)
+        chosen, rejected = (list_lengths(tokenized.dataset, f"{side}_ids") for side in ("chosen", "rejected"))
+        longer = float((chosen > rejected).mean())
         section["chosen_longer_share"] = round(longer, 4)
         if longer > 0.8 and len(chosen) >= 50:
             report.warn(key, f"chosen is longer in {longer:.0%} of the {kind} pairs: the model will learn to be long")
@@ -280,16 +283,8 @@ def _reasons(tokenized: Any) -> str:
     return ", ".join(f"{v} {k.partition('/')[2]} (first: {first.get(k, 'unknown')})" for k, v in counts.items())
 
 
-def _list_lengths(dataset: Any, column: str) -> list[int]:
-    import pyarrow.compute as pc
-
-    if getattr(dataset, "_indices", None) is not None:
-        dataset = dataset.flatten_indices()
-    return [int(n) for n in pc.list_value_length(dataset.data.column(column)).to_pylist()]
-
-
-def _distribution(lengths: list[int]) -> dict[str, float]:
-    ordered = sorted(lengths)
+def _distribution(lengths: Any) -> dict[str, float]:
+    ordered = sorted(lengths.tolist())
     picked = {f"p{p}": float(ordered[round(p / 100 * (len(ordered) - 1))]) for p in PERCENTILES}
     return {"count": len(ordered), "mean": round(sum(ordered) / len(ordered), 1)} | picked
 

@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 
 from mambalign.data.batches import (
     Collator,
-    Ints,
     Kind,
     PackedBatch,
     collate_pairs,
@@ -22,6 +20,7 @@ from mambalign.data.batches import (
     token_key,
 )
 from mambalign.data.bins import best_fit_decreasing
+from mambalign.data.tokenizing import example_lengths
 from mambalign.recipe import UserError
 
 __all__ = [
@@ -33,12 +32,6 @@ __all__ = [
     "collate_pairs",
     "collate_sequences",
 ]
-
-
-def _lengths(dataset: Any, column: str) -> Ints:
-    lengths: Ints = pc.list_value_length(dataset.data.column(column)).to_numpy().astype(np.int64)
-    kept = dataset._indices  # of a dataset with rows left out; copying what is left would take longer than packing it
-    return lengths if kept is None else lengths[kept.column(0).to_numpy()]
 
 
 class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
@@ -71,12 +64,10 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
         self._rows_are_packed = kind == "sequences" and packing
         self._data = tokenized.with_format("numpy", columns=[c for c in tokenized.column_names if c != "row_id"])
         self._row_ids: list[str] | None = tokenized["row_id"][:] if "row_id" in tokenized.column_names else None
+        self._tokens = example_lengths(tokenized)
         if kind == "sequences":
-            self._tokens = _lengths(tokenized, "input_ids")
             self._items = self._pack(seed) if packing else [[i] for i in range(len(tokenized))]
         else:
-            self._tokens = _lengths(tokenized, "prompt_ids")
-            self._tokens = self._tokens + _lengths(tokenized, "chosen_ids") + _lengths(tokenized, "rejected_ids")
             self._items = self._groups() if group_by_prompt else [[i] for i in range(len(tokenized))]
 
     def _pack(self, seed: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
 
 from mambalign.data import chat
 from mambalign.data.rows import SKIPS, ChatRules, PlainText, Skip, continued, conversation_notes, render_or_skip
@@ -286,7 +287,7 @@ def _account(
             counts[name] += 1
             first.setdefault(name, row["row_id"])
     skipped = sum(count for name, count in counts.items() if name.startswith("skipped/"))
-    lengths = sum((_lengths(kept, name) for name in kept.column_names if name.endswith("_ids")), np.zeros(1, np.int64))
+    lengths = example_lengths(kept)
     masks = [name for name in kept.column_names if name.endswith("_mask") or name == "loss_mask"]
     report: dict[str, int | float] = {
         "rows": rows,
@@ -306,8 +307,17 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
-def _lengths(dataset: datasets.Dataset, name: str) -> Any:
-    return pc.list_value_length(_column(dataset, name)).to_numpy().astype(np.int64)
+def list_lengths(dataset: datasets.Dataset, name: str) -> NDArray[np.int64]:
+    """Length of every row's list in a column."""
+    lengths: NDArray[np.int64] = pc.list_value_length(dataset.data.column(name)).to_numpy().astype(np.int64)
+    kept = dataset._indices  # where rows were left out; copying what is left would take longer than packing it
+    return lengths if kept is None else lengths[kept.column(0).to_numpy()]
+
+
+def example_lengths(dataset: datasets.Dataset) -> NDArray[np.int64]:
+    """Tokens of every example: of a pair, those of its prompt once and of both completions."""
+    columns = [list_lengths(dataset, name) for name in dataset.column_names if name.endswith("_ids")]
+    return np.sum(columns, axis=0, dtype=np.int64)
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
