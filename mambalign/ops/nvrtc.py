@@ -24,7 +24,7 @@ from torch import Tensor
 
 logger = logging.getLogger("mambalign")
 
-CACHE = Path.home() / ".cache" / "mambalign" / "kernels"
+CACHE = Path(os.path.expanduser("~/.cache/mambalign/kernels"))  # unlike Path.home(), never an error
 PREAMBLE = Path(__file__).with_name("scalars.cuh")
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in the preamble
 

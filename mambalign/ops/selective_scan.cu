@@ -13,10 +13,10 @@
 //
 // Compiled for one element type (IO as in scalars.cuh), with or without the gate z (GATED) and softplus (SOFTPLUS).
 
-#define N 16     // states of a channel
-#define LANES 32 // channels of a warp
-#define TILE 32  // tokens between stored states
-#define GROUP 4  // tokens whose loads are in flight together
+#define N 16       // states of a channel
+#define LANES 32   // channels of a warp
+#define TILE 32    // tokens between stored states
+#define GROUP 4    // tokens whose loads are in flight together
 #define SUB GROUP  // tokens whose states and decays the backward pass holds in registers
 
 // Tokens [begin, begin + length) of one segment. `parent` is the unit before it on its path or -1; `slot` its row in
@@ -37,7 +37,7 @@ struct Params {
   float *starts, *ends, *sums;          // [slots, 16, Dp], the same, [slots, Dp]
   float *checkpoints, *finals;          // state before every TILE tokens; after the last token of every segment
   io *y, *d_u, *d_delta, *d_z;          // contiguous [T, D]
-  float *d_BC;                          // [Dp / 32, T, 32]: dB and dC of every warp's channels
+  float* d_BC;                          // [Dp / 32, T, 32]: dB and dC of every warp's channels
   float *d_A, *d_D, *d_bias;            // one row an item: [items, 16, Dp], [items, Dp], [items, Dp]
   float* d_initial;                     // [S, 16, Dp]
   i64 num_channels, padded_channels, num_states, num_tokens, num_joined;
