@@ -92,62 +92,55 @@ def check() -> None:
                 raise SystemExit("ours is further off than it may be: no numbers")
 
 
-def scan_rows(repeats: int) -> list[dict[str, Any]]:
-    rows = []
-    for batch, channels, length in SHAPES:
-        torch.cuda.empty_cache()
-        given = inputs(batch, channels, length)
-        T = batch * length
-        d_y = torch.randn(T, channels, device="cuda", dtype=torch.bfloat16)
-        cases = {"ours": (ours(given, Segments.from_lengths([length] * batch)), given, d_y)}
-        if (peer := theirs(given, batch)) is not None:
-            cases["mamba-ssm"] = (*peer, d_y.view(batch, length, -1).transpose(1, 2).contiguous())
-        if (batch, channels) == (8, 5120):
-            uneven = (torch.rand(99, generator=torch.Generator().manual_seed(0)) * (T - 1)).long().sort().values
-            cuts = torch.cat([torch.tensor([0]), uneven + 1, torch.tensor([T])])
-            cases["ours, 100 uneven segments"] = (ours(given, Segments(cuts)), given, d_y)
-        with torch.no_grad():
-            forward = compete({who: case[0] for who, case in cases.items()}, repeats, burst=5)
-        both = compete({who: lambda c=case: gradients(*c) for who, case in cases.items()}, repeats, burst=5)
-        for who in both:
-            row = {"op": "selective_scan", "batch": batch, "channels": channels, "length": length, "who": who}
-            row |= {"forward_ms": forward[who]["ms"], "both_ms": both[who]["ms"], "peak_gib": both[who]["gib"]}
-            rows.append(row)
-            show(row, both.get("mamba-ssm"))
-    return rows
+Cases = dict[str, tuple[Any, dict[str, torch.Tensor], torch.Tensor]]  # who -> (run, what it differentiates, d_y)
 
 
-def conv_rows(repeats: int) -> list[dict[str, Any]]:
+def scan_cases(batch: int, channels: int, length: int) -> Cases:
+    given, T = inputs(batch, channels, length), batch * length
+    d_y = torch.randn(T, channels, device="cuda", dtype=torch.bfloat16)
+    cases = {"ours": (ours(given, Segments.from_lengths([length] * batch)), given, d_y)}
+    if (peer := theirs(given, batch)) is not None:
+        cases["mamba-ssm"] = (*peer, d_y.view(batch, length, -1).transpose(1, 2).contiguous())
+    if (batch, channels) == (8, 5120):
+        uneven = (torch.rand(99, generator=torch.Generator().manual_seed(0)) * (T - 1)).long().sort().values
+        cuts = torch.cat([torch.tensor([0]), uneven + 1, torch.tensor([T])])
+        cases["ours, 100 uneven segments"] = (ours(given, Segments(cuts)), given, d_y)
+    return cases
+
+
+def conv_cases(batch: int, channels: int, length: int) -> Cases:
+    # Half of a wider projection, as in the model.
+    wide = torch.randn(batch * length, 2 * channels, device="cuda", dtype=torch.bfloat16)
+    taps = {
+        "weight": torch.randn(channels, 4, device="cuda", requires_grad=True),
+        "bias": torch.randn(channels, device="cuda", requires_grad=True),
+    }
+    d_y = torch.randn(batch * length, channels, device="cuda", dtype=torch.bfloat16)
+    given = {"x": wide[:, :channels].requires_grad_(), **taps}
+    segments = Segments.from_lengths([length] * batch)
+    cases = {"ours": (lambda: causal_conv1d(**given, activation="silu", segments=segments), given, d_y)}
     try:
         from causal_conv1d import causal_conv1d_fn
     except ImportError:
-        causal_conv1d_fn = None
+        return cases
+    turned = wide.view(batch, length, -1).transpose(1, 2).contiguous()[:, :channels]
+    their = {"x": turned.requires_grad_(), **taps}
+    their_d_y = d_y.view(batch, length, -1).transpose(1, 2).contiguous()
+    cases["causal-conv1d"] = (lambda: causal_conv1d_fn(**their, activation="silu"), their, their_d_y)
+    return cases
+
+
+def measure(op: str, cases: Cases, shape: tuple[int, int, int], repeats: int) -> list[dict[str, Any]]:
+    with torch.no_grad():
+        forward = compete({who: case[0] for who, case in cases.items()}, repeats, burst=5)
+    both = compete({who: lambda c=case: gradients(*c) for who, case in cases.items()}, repeats, burst=5)
+    peer = next((both[who] for who in both if not who.startswith("ours")), None)
     rows = []
-    for batch, channels, length in SHAPES:
-        torch.cuda.empty_cache()
-        # Half of a wider projection, as in the model.
-        x = torch.randn(batch * length, 2 * channels, device="cuda", dtype=torch.bfloat16)[
-            :, :channels
-        ].requires_grad_()
-        weight = torch.randn(channels, 4, device="cuda", requires_grad=True)
-        bias = torch.randn(channels, device="cuda", requires_grad=True)
-        d_y = torch.randn(batch * length, channels, device="cuda", dtype=torch.bfloat16)
-        segments = Segments.from_lengths([length] * batch)
-        own = {"x": x, "weight": weight, "bias": bias}
-        cases = {"ours": (lambda g=own, s=segments: causal_conv1d(**g, activation="silu", segments=s), own, d_y)}
-        if causal_conv1d_fn is not None:
-            wide = torch.randn(batch, 2 * channels, length, device="cuda", dtype=torch.bfloat16)
-            turned = own | {"x": wide[:, :channels].requires_grad_()}
-            peer = lambda g=turned: causal_conv1d_fn(**g, activation="silu")  # noqa: E731
-            cases["causal-conv1d"] = (peer, turned, d_y.view(batch, length, -1).transpose(1, 2).contiguous())
-        with torch.no_grad():
-            forward = compete({who: case[0] for who, case in cases.items()}, repeats, burst=5)
-        both = compete({who: lambda c=case: gradients(*c) for who, case in cases.items()}, repeats, burst=5)
-        for who in both:
-            row = {"op": "causal_conv1d", "batch": batch, "channels": channels, "length": length, "who": who}
-            row |= {"forward_ms": forward[who]["ms"], "both_ms": both[who]["ms"], "peak_gib": both[who]["gib"]}
-            rows.append(row)
-            show(row, both.get("causal-conv1d"))
+    for who in both:
+        row = {"op": op, **dict(zip(("batch", "channels", "length"), shape, strict=True)), "who": who}
+        row |= {"forward_ms": forward[who]["ms"], "both_ms": both[who]["ms"], "peak_gib": both[who]["gib"]}
+        rows.append(row)
+        show(row, peer)
     return rows
 
 
@@ -165,7 +158,12 @@ def main() -> None:
     options = arguments(__doc__ or "", "ops").parse_args()
     print(" | ".join(f"{k} {v}" for k, v in environment().items()))
     check()
-    write(options.json, scan_rows(options.repeats) + conv_rows(options.repeats))
+    rows = []
+    for op, cases in (("selective_scan", scan_cases), ("causal_conv1d", conv_cases)):
+        for shape in SHAPES:
+            torch.cuda.empty_cache()
+            rows += measure(op, cases(*shape), shape, options.repeats)
+    write(options.json, rows)
 
 
 if __name__ == "__main__":

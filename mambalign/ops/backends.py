@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
@@ -12,7 +13,7 @@ from torch import Tensor
 
 logger = logging.getLogger("mambalign")
 
-
+OPS = ("selective_scan", "causal_conv1d", "token_logps", "rms_norm")
 REASONS = {"cuda": "kernels compiled for this GPU", "torch": "plain PyTorch, on any device"}
 
 
@@ -32,6 +33,16 @@ def select(op: str, backend: str, available: Mapping[str, Any], no_cuda: str | N
     if backend == "cuda" and no_cuda:
         raise ValueError(f"{op}: backend 'cuda' {no_cuda}; choose auto to run without it")
     return backend, "asked for by name"
+
+
+def chosen_backends(backend: str, device: torch.device) -> dict[str, tuple[str, str]]:
+    """(name, reason) for every op: what `select_backend` of its module says of `device`.
+
+    Raises:
+        ValueError: as `select`.
+    """
+    modules = {op: importlib.import_module(f"mambalign.ops.{op}") for op in OPS}
+    return {op: module.select_backend(backend, device) for op, module in modules.items()}
 
 
 @cache

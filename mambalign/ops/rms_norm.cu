@@ -6,19 +6,7 @@
 #define VEC 4
 #define PACKS ((WIDTH + THREADS * VEC - 1) / (THREADS * VEC))  // that a thread owns of every row
 
-#if X_IO == 0
-typedef float x_io;
-__device__ __forceinline__ float widen_x(x_io x) { return x; }
-__device__ __forceinline__ x_io narrow_x(float x) { return x; }
-#elif X_IO == 1
-typedef half_bits x_io;
-__device__ __forceinline__ float widen_x(x_io x) { return from_bf16(x); }
-__device__ __forceinline__ x_io narrow_x(float x) { return to_bf16(x); }
-#else
-typedef half_bits x_io;
-__device__ __forceinline__ float widen_x(x_io x) { return from_fp16(x); }
-__device__ __forceinline__ x_io narrow_x(float x) { return to_fp16(x); }
-#endif
+typedef Scalar<X_IO>::type x_io;
 
 struct Params {
   const x_io* x;        // [rows, WIDTH], like y, d_y and d_x
@@ -31,9 +19,9 @@ struct Params {
   double eps;
 };
 
-template <class T>
-struct alignas(VEC * sizeof(T)) Pack {
-  T v[VEC];
+template <int KIND>
+struct alignas(VEC * sizeof(typename Scalar<KIND>::type)) Pack {
+  typename Scalar<KIND>::type v[VEC];
 };
 
 // The sum over a block, in every thread, in a fixed order.
@@ -51,44 +39,42 @@ __device__ __forceinline__ float over_block(float x) {
 }
 
 // Whole packs where rows are a multiple of VEC long, else elements; zeros beyond the row.
-template <class T, class Widen>
-__device__ __forceinline__ void load(float (&to)[PACKS][VEC], const T* row, Widen widen_one) {
+template <int KIND>
+__device__ __forceinline__ void load(float (&to)[PACKS][VEC], const typename Scalar<KIND>::type* row) {
 #pragma unroll
   for (int k = 0; k < PACKS; ++k) {
     const int column = (k * THREADS + threadIdx.x) * VEC;
-    Pack<T> pack;
-    if (WIDTH % VEC == 0 && column < WIDTH) pack = *(const Pack<T>*)(row + column);
+    Pack<KIND> pack;
+    if (WIDTH % VEC == 0 && column < WIDTH) pack = *(const Pack<KIND>*)(row + column);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       if (WIDTH % VEC && column + i < WIDTH) pack.v[i] = row[column + i];
-      to[k][i] = column + i < WIDTH ? widen_one(pack.v[i]) : 0.f;
+      to[k][i] = column + i < WIDTH ? Scalar<KIND>::widen(pack.v[i]) : 0.f;
     }
   }
 }
 
-template <class T, class Narrow>
-__device__ __forceinline__ void store(T* row, const float (&from)[PACKS][VEC], Narrow narrow_one) {
+template <int KIND>
+__device__ __forceinline__ void store(typename Scalar<KIND>::type* row, const float (&from)[PACKS][VEC]) {
 #pragma unroll
   for (int k = 0; k < PACKS; ++k) {
     const int column = (k * THREADS + threadIdx.x) * VEC;
-    Pack<T> pack;
+    Pack<KIND> pack;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      pack.v[i] = narrow_one(from[k][i]);
+      pack.v[i] = Scalar<KIND>::narrow(from[k][i]);
       if (WIDTH % VEC && column + i < WIDTH) row[column + i] = pack.v[i];
     }
-    if (WIDTH % VEC == 0 && column < WIDTH) *(Pack<T>*)(row + column) = pack;
+    if (WIDTH % VEC == 0 && column < WIDTH) *(Pack<KIND>*)(row + column) = pack;
   }
 }
 
-__device__ __forceinline__ float same(float x) { return x; }
-
 extern "C" __global__ void __launch_bounds__(THREADS) norm_forward(const Params p) {
   float weight[PACKS][VEC];
-  load(weight, p.weight, same);
+  load<0>(weight, p.weight);
   for (i64 r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
     float x[PACKS][VEC], squares = 0.f;
-    load(x, p.x + r * WIDTH, widen_x);
+    load<X_IO>(x, p.x + r * WIDTH);
 #pragma unroll
     for (int k = 0; k < PACKS; ++k)
 #pragma unroll
@@ -98,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_forward(const Params 
     for (int k = 0; k < PACKS; ++k)
 #pragma unroll
       for (int i = 0; i < VEC; ++i) x[k][i] *= scale * weight[k][i];
-    store(p.y + r * WIDTH, x, narrow);
+    store<IO>(p.y + r * WIDTH, x);
     if (threadIdx.x == 0) p.scales[r] = scale;
   }
 }
@@ -106,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_forward(const Params 
 // With g = weight * d_y and xhat = x * scale: d_x = scale * (g - xhat * mean(g * xhat)), d_weight = sum of d_y * xhat.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const Params p) {
   float weight[PACKS][VEC], d_weight[PACKS][VEC];
-  load(weight, p.weight, same);
+  load<0>(weight, p.weight);
 #pragma unroll
   for (int k = 0; k < PACKS; ++k)
 #pragma unroll
@@ -114,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const Params
   for (i64 r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
     float x[PACKS][VEC], g[PACKS][VEC], dot = 0.f;
     const float scale = p.scales[r];
-    load(x, p.x + r * WIDTH, widen_x);
-    load(g, p.d_y + r * WIDTH, widen);
+    load<X_IO>(x, p.x + r * WIDTH);
+    load<IO>(g, p.d_y + r * WIDTH);
 #pragma unroll
     for (int k = 0; k < PACKS; ++k)
 #pragma unroll
@@ -130,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const Params
     for (int k = 0; k < PACKS; ++k)
 #pragma unroll
       for (int i = 0; i < VEC; ++i) g[k][i] = scale * (g[k][i] - x[k][i] * dot);
-    store(p.d_x + r * WIDTH, g, narrow_x);
+    store<X_IO>(p.d_x + r * WIDTH, g);
   }
-  store(p.d_weights + (i64)blockIdx.x * WIDTH, d_weight, same);
+  store<0>(p.d_weights + (i64)blockIdx.x * WIDTH, d_weight);
 }

@@ -17,19 +17,27 @@ __device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.
 __device__ __forceinline__ float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 #endif
 
-#if IO == 0
-typedef float io;
-__device__ __forceinline__ float widen(io x) { return x; }
-__device__ __forceinline__ io narrow(float x) { return x; }
-#elif IO == 1
-typedef half_bits io;
-__device__ __forceinline__ float widen(io x) { return from_bf16(x); }
-__device__ __forceinline__ io narrow(float x) { return to_bf16(x); }
-#else
-typedef half_bits io;
-__device__ __forceinline__ float widen(io x) { return from_fp16(x); }
-__device__ __forceinline__ io narrow(float x) { return to_fp16(x); }
-#endif
+// How values of an element type are stored, and read as fp32.
+template <int KIND> struct Scalar;
+template <> struct Scalar<0> {
+  typedef float type;
+  static __device__ __forceinline__ float widen(float x) { return x; }
+  static __device__ __forceinline__ float narrow(float x) { return x; }
+};
+template <> struct Scalar<1> {
+  typedef half_bits type;
+  static __device__ __forceinline__ float widen(half_bits x) { return from_bf16(x); }
+  static __device__ __forceinline__ half_bits narrow(float x) { return to_bf16(x); }
+};
+template <> struct Scalar<2> {
+  typedef half_bits type;
+  static __device__ __forceinline__ float widen(half_bits x) { return from_fp16(x); }
+  static __device__ __forceinline__ half_bits narrow(float x) { return to_fp16(x); }
+};
+
+typedef Scalar<IO>::type io;
+__device__ __forceinline__ float widen(io x) { return Scalar<IO>::widen(x); }
+__device__ __forceinline__ io narrow(float x) { return Scalar<IO>::narrow(x); }
 
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp_fast(-x)); }
