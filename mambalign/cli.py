@@ -97,6 +97,8 @@ def _user_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
 def _log() -> None:
     """Our log to stderr; of several processes only the first says what is not a warning."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for library in ("datasets", "huggingface_hub"):  # they have handlers of their own and would say all twice
+        logging.getLogger(library).propagate = False
     main_process = os.environ.get("RANK", "0") == "0"
     logging.getLogger("mambalign").setLevel(logging.INFO if main_process else logging.ERROR)
 
@@ -181,10 +183,7 @@ def check(
     with _user_errors(debug):
         path = _recipe_path(recipe)
         _quiet_libraries()
-        from mambalign.doctor import hub_problem
-
-        if problem := hub_problem():
-            os.environ["HF_HUB_OFFLINE"] = "1"
+        problem = _without_a_silent_hub()
         from mambalign.check import check as check_recipe
         from mambalign.check import show
 
@@ -232,6 +231,8 @@ def convert(
     with _user_errors(debug):
         if to not in ("hf", "mamba-ssm"):
             raise mambalign.UserError(f"--to must be hf or mamba-ssm, not {to!r}")
+        if not Path(source).expanduser().exists():
+            _without_a_silent_hub()
         from mambalign.models.checkpoint import convert as convert_model
 
         report = convert_model(source, destination, to)  # type: ignore[arg-type]
@@ -413,6 +414,16 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _without_a_silent_hub() -> str | None:
+    """Where the hub cannot be reached look only at what is cached, and return why; before the hub's client is imported."""
+    from mambalign.doctor import hub_problem
+
+    problem = hub_problem()
+    if problem:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return problem
 
 
 def _version(wanted: bool) -> None:

@@ -193,6 +193,18 @@ def test_doctor_reports_versions_devices_and_backends() -> None:
     assert "versions" in run("doctor").output
 
 
+def test_libraries_are_heard_once() -> None:
+    code = """
+import logging, datasets, huggingface_hub
+from mambalign.cli import _log
+_log()
+for library in ("datasets", "huggingface_hub", "accelerate"):
+    logging.getLogger(library + ".part").warning("said by %s", library)
+"""
+    heard = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert [heard.count(f"said by {name}") for name in ("datasets", "huggingface_hub", "accelerate")] == [1, 1, 1]
+
+
 def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from threading import Thread
