@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
@@ -30,7 +29,6 @@ OPTIONAL = {
     "mamba-ssm": "not used; its kernels are replaced by ours",
     "causal-conv1d": "not used; its kernels are replaced by ours",
 }
-OPS = ("selective_scan", "causal_conv1d", "token_logps", "rms_norm")
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -92,12 +90,10 @@ def _devices() -> dict[str, Any]:
 def _backends() -> dict[str, Any]:
     import torch
 
+    from mambalign.ops.backends import chosen_backends
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {}
-    for op in OPS:
-        name, reason = importlib.import_module(f"mambalign.ops.{op}").select_backend("auto", device)
-        chosen[op] = f"{name}: {reason}"
-    return chosen
+    return {op: f"{name}: {reason}" for op, (name, reason) in chosen_backends("auto", device).items()}
 
 
 def hub_problem(seconds: float = 3.0) -> str | None:

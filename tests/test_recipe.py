@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -155,6 +155,7 @@ def test_a_wrong_value_is_named_with_what_was_expected(write: Any, text: str, wo
         ({"seed": -1}, "from 0 to 4294967295"),
         ({"dataloader_persistent_workers": True}, "dataloader_num_workers above 0"),
         ({"log_level": "loud"}, "log_level must be one of debug"),
+        ({"backend": "cuda-magic"}, "backend must be one of auto, cuda, torch, reference"),
     ],
 )
 def test_values_that_cannot_work_are_refused(keys: dict[str, Any], words: str) -> None:
@@ -178,6 +179,15 @@ def test_a_stage_needs_its_keys(write: Any) -> None:
         load_recipe(write(only_test | {"dataset_mixer": {"d": own}}), stage="sft")
     with pytest.raises(UserError, match="recipe for dpo"):
         load_recipe(write(MINIMAL | {"stage": "dpo"}), stage="sft")
+
+
+def test_a_folder_names_the_recipes_in_it(tmp_path: Path) -> None:
+    for depth in ("a/b", "a/b/c"):
+        (tmp_path / depth).mkdir(parents=True)
+        (tmp_path / depth / "r.yaml").touch()
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path)
+    assert str(error.value).endswith(f"is a folder, a recipe is a YAML file; it holds {tmp_path / 'a/b/r.yaml'}")
 
 
 def test_yaml_anchors_are_merged_and_overridden(write: Any) -> None:
@@ -268,6 +278,13 @@ def test_names_of_every_schedule_and_default_are_transformers_own() -> None:
 
     known = {s.value for s in transformers.SchedulerType}
     assert set(get_args(key_types()["lr_scheduler_type"])) <= known
+
+
+def test_backends_of_a_recipe_are_those_of_the_ops() -> None:
+    from mambalign.ops import causal_conv1d, rms_norm, selective_scan, token_logps
+
+    for op in (selective_scan, causal_conv1d, token_logps, rms_norm):
+        assert get_args(key_types()["backend"]) == ("auto", *sys.modules[op.__module__].BACKENDS)
 
 
 def test_every_key_is_explained() -> None:

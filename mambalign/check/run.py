@@ -80,6 +80,8 @@ def check(
     shape = None
     with report.step("model_name_or_path"):
         shape = _model(report, recipe, stage)
+    with report.step("backend"):
+        report.sections["backends"] = _backends(recipe)
     report.findings += known_mistakes(recipe, stage)
     tokenizer = None
     with report.step("chat_template"):
@@ -148,6 +150,20 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
 
 def _gb(size: float) -> float:
     return float(f"{size / 1e9:.3g}")
+
+
+def _backends(recipe: Recipe) -> dict[str, str]:
+    """What runs every op on this machine, and why."""
+    import torch
+
+    from mambalign.ops.backends import chosen_backends
+
+    device = torch.device("cpu" if recipe.use_cpu or not torch.cuda.is_available() else "cuda")
+    try:
+        chosen = chosen_backends(recipe.backend, device)
+    except ValueError as error:
+        raise UserError(f"on this machine {error}") from error
+    return {op: f"{name}: {reason}" for op, (name, reason) in chosen.items()}
 
 
 def _device_memory(recipe: Recipe) -> int | None:
@@ -267,20 +283,13 @@ def _data_warnings(report: CheckReport, recipe: Recipe, kind: str, key: str, loo
         report.warn("max_length", f"{share} than {recipe.max_length} and lose their rest")
     skipped = counts.get("skipped", 0)
     if skipped:
-        report.warn(key, f"{skipped} of {looked_at} {kind} rows would be skipped: {_reasons(tokenized)}")
+        report.warn(key, f"{skipped} of {looked_at} {kind} rows would be skipped: {tokenized.skips()}")
     if "chosen_ids" in tokenized.dataset.column_names:
         chosen, rejected = (list_lengths(tokenized.dataset, f"{side}_ids") for side in ("chosen", "rejected"))
         longer = float((chosen > rejected).mean())
         section["chosen_longer_share"] = round(longer, 4)
         if longer > 0.8 and len(chosen) >= 50:
             report.warn(key, f"chosen is longer in {longer:.0%} of the {kind} pairs: the model will learn to be long")
-
-
-def _reasons(tokenized: Any) -> str:
-    """`3 empty_conversation (first: data.jsonl:train:7)` for every reason that rows were skipped."""
-    counts = {k: v for k, v in tokenized.report.items() if k.startswith("skipped/") and v}
-    first = tokenized.first_rows
-    return ", ".join(f"{v} {k.partition('/')[2]} (first: {first.get(k, 'unknown')})" for k, v in counts.items())
 
 
 def _distribution(lengths: Any) -> dict[str, float]:

@@ -22,6 +22,7 @@ logger = logging.getLogger("mambalign")
 STAGES = ("cpt", "sft", "dpo")
 Stage = Literal["cpt", "sft", "dpo"]
 LossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo", "kto"]
+Backend = Literal["auto", "cuda", "torch", "reference"]
 Interval = Literal["no", "steps", "epoch"]
 Schedule = Literal[
     "cosine",
@@ -119,10 +120,8 @@ class Recipe:
     fp16: bool = _arg(
         False, "model", "Compute in float16 with loss scaling. Mamba overflows easily in it; prefer bf16."
     )
-    backend: str = _key(
-        "auto",
-        "model",
-        "Kernel backend of every op: auto, reference, torch, triton. `mambalign doctor` shows what auto picks and why.",
+    backend: Backend = _key(
+        "auto", "model", "Kernels of every op. `mambalign doctor` shows what auto picks on this machine and why."
     )
     chat_template: str | None = _key(
         None, "model", "zephyr, chatml, a Jinja text or file with {% generation %} marks; null is the tokenizer's own."
@@ -162,13 +161,14 @@ class Recipe:
     max_prompt_length: int | None = _key(
         None,
         "data",
-        "A pair over max_length has its prompt cut to this first, keeping the end; null is half of max_length.",
+        "dpo: a pair over max_length has its prompt cut to this first, keeping the end, then its completions, keeping "
+        "the start; null is half of max_length.",
     )
     truncation: Literal["keep_start", "keep_end", "drop", "split"] = _key(
         "keep_start",
         "data",
         "What happens to an example longer than max_length; counted and reported. split (cpt's default): cut into "
-        "several.",
+        "several. dpo: drop, or else a pair is cut as max_prompt_length says, be it keep_start or keep_end.",
     )
     packing: bool = _key(True, "data", "Lay several examples into a row of max_length; their states never mix.")
     assistant_only_loss: bool = _key(True, "data", "Train on the assistant's turns only (cpt: false).")

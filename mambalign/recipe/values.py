@@ -10,6 +10,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -70,8 +71,10 @@ def parse_yaml(text: str, source: str) -> Any:
 def read_yaml_map(path: Path) -> dict[str, Any]:
     """The map in a YAML file; an empty file is an empty map."""
     if path.is_dir():
-        found = sorted(str(p) for p in path.rglob("*.yaml"))
-        hint = f"; it holds {', '.join(found[:6])}" if found else ""
+        # As deep as recipes/<model>/<stage>/ and no further: this may be a home folder.
+        found = islice((p for folders in ("", "*/", "*/*/") for p in path.glob(f"{folders}*.yaml")), 6)
+        names = ", ".join(sorted(map(str, found)))
+        hint = f"; it holds {names}" if names else ""
         raise UserError(f"{path} is a folder, a recipe is a YAML file{hint}")
     if not path.exists():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
