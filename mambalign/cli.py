@@ -417,7 +417,7 @@ def _quiet_libraries() -> None:
 
 
 def _without_a_silent_hub() -> str | None:
-    """Where the hub cannot be reached look only at what is cached, and return why; before the hub's client is imported."""
+    """Where the hub cannot be reached, use only what is cached; returns why. Before the hub's client is imported."""
     from mambalign.doctor import hub_problem
 
     problem = hub_problem()

@@ -198,6 +198,7 @@ def test_the_tiny_sft_recipe_is_usable_and_its_numbers_add_up(tiny: Path) -> Non
     with safe_open(tiny / "base" / "model.safetensors", "pt") as file:
         stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a dict
     assert report.sections["model"]["parameters"] == stored
+    assert set(report.sections["backends"]) == {"selective_scan", "causal_conv1d", "token_logps", "rms_norm"}
     json.dumps(report.to_dict())
 
 
@@ -226,6 +227,7 @@ def test_devices_change_the_accumulation_not_the_batch(tiny: Path) -> None:
         (["--chat_template", "zephir"], "chat_template", "did you mean 'zephyr'", "error"),
         (["--chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}"], "chat_template", "marks", "error"),
         (["--schema", "text"], "dataset_mixer", "columns", "error"),
+        (["--backend", "cuda", "--use_cpu"], "backend", "on this machine selective_scan: backend 'cuda'", "error"),
         (["--dataset_splits", "train", "--eval_strategy", "epoch"], "eval_strategy", "no rows to evaluate on", "error"),
         (["--global_batch_size", "128"], "global_batch_size", "and an epoch has", "warning"),
         (["--output_dir", "data/tiny/sft/train.jsonl"], "output_dir", "is a file", "error"),
@@ -259,7 +261,8 @@ def test_skipped_rows_are_named_with_reason_and_place(tiny: Path) -> None:
     good = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
     bad.write_text(good + '{"messages": []}\n' + good)
     report = check(TINY_SFT, ["--dataset_mixer", "{data/tiny/some-bad.jsonl: 1.0}"])
-    assert found(report, "dataset_mixer", "1 empty_conversation (first: data/tiny/some-bad.jsonl:train:1)", "warning")
+    assert found(report, "dataset_mixer", "first: data/tiny/some-bad.jsonl:train:1)", "warning")
+    assert found(report, "dataset_mixer", "1 of 3 train rows would be skipped: 1 x empty_conversation (no messages")
     bad.write_text('{"messages": [{"role": "assistant", "content": "Hello"}]}\n' * 2)
     report = check(TINY_SFT, ["--dataset_mixer", "{data/tiny/some-bad.jsonl: 1.0}"])
     assert found(report, "dataset_mixer", "2 x starts_with_assistant", "error"), report.findings

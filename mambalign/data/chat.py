@@ -203,7 +203,8 @@ def _render(tokenizer: Any, template: str, messages: Sequence[Message], *, add_g
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a template is a program
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # A template is a program.
         raise TemplateError(f"{type(error).__name__}: {error}") from error
     return Rendered(texts[0], tuple((start, end) for start, end in regions[0] if end > start) if marked else ())
 

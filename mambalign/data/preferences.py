@@ -58,14 +58,14 @@ class PairTokenizer:
                 else:
                     self._finish(row, self._plain(prompt, chosen, rejected, row))
             except Skip as skip:
-                row.reason = skip.reason
+                row.skip(skip)
         encoded = iter(chat.encode_rendered(self.tokenizer, [text for _, texts in waiting for text in texts]))
         for row, texts in waiting:
             parts = [next(encoded) for _ in texts]
             try:
                 self._finish(row, _Pair(parts[0], parts[1], parts[2].ids if len(parts) > 2 else None))
             except Skip as skip:
-                row.reason = skip.reason
+                row.skip(skip)
         return as_batch(rows, COLUMNS)
 
     def _is_chat(self, prompt: Any, chosen: Any, rejected: Any) -> bool:

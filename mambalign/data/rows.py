@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from mambalign.data import chat
+from mambalign.data.sources import SHAREGPT_ROLES
 from mambalign.recipe import UserError
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ SKIPS = {
 
 
 class Skip(Exception):
-    """This row cannot be used; the argument is one of `SKIPS`."""
+    """This row cannot be used: `reason` is one of `SKIPS`, `detail` is what only the row itself can tell."""
 
-    @property
-    def reason(self) -> str:
-        return str(self.args[0])
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 @dataclass
@@ -66,8 +67,9 @@ class ChatRules:
         if not messages:
             raise Skip("empty_conversation")
         turns = [{"role": m.get("role"), "content": m.get("content")} for m in messages]
-        if any(turn["role"] not in self.roles for turn in turns):
-            raise Skip("unknown_role")
+        unknown = [turn["role"] for turn in turns if turn["role"] not in self.roles]
+        if unknown:
+            raise Skip("unknown_role", f"{unknown[0]!r}" if unknown[0] else "a message without a role")
         if any(not isinstance(turn["content"], str) for turn in turns):
             raise Skip("not_text")
         spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
@@ -82,14 +84,19 @@ class ChatRules:
         return turns
 
     def as_messages(self, value: Any, role: str) -> Any:
-        """Text as one message of `role`; messages as they are, a missing one as a message without role and content."""
+        """Text as one message of `role`; messages under our roles, a missing one as one without role and content."""
         if isinstance(value, str):
             return [{"role": role, "content": value}]
-        return [message or {} for message in value] if value else value
+        return [_our_role(message or {}) for message in value] if value else value
 
     def is_chat(self, *values: Any) -> bool:
         """Whether these values are a conversation: messages, or text that the recipe's chat_template is to wrap."""
         return self.wrap_text or any(value is not None and not isinstance(value, str) for value in values)
+
+
+def _our_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    role = SHAREGPT_ROLES.get(message.get("role") or "")
+    return {**message, "role": role} if role else message
 
 
 def continued(prompt: Sequence[Mapping[str, str]], answer: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -108,7 +115,7 @@ def render_or_skip(tokenizer: Any, messages: Sequence[chat.Message], *, answer_n
     try:
         return chat.render(tokenizer, messages, add_generation_prompt=answer_next)
     except TemplateError as error:
-        raise Skip("refused_by_template") from error
+        raise Skip("refused_by_template", " ".join(str(error).split())[:200]) from error
 
 
 class PlainText:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import errno
+import glob
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 MESSAGE_KEYS = ("role", "content", "from", "value")  # the latter two are ShareGPT's
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _ENTRY_KEYS = ("fraction", "weight", "max_samples", "split", "splits", "config", "columns", "data_files", "revision")
 
 
@@ -123,6 +125,11 @@ def load_source(source: Source, recipe_splits: Iterable[str], kind: str) -> list
 
 
 def _refuse_hub_only(source: Source, recipe_splits: Iterable[str]) -> None:
+    if source.config is not None:
+        raise UserError(
+            f"dataset {source.name!r}: the configuration {source.config!r} is for datasets of the hub, this one is a "
+            "path; leave it out (dataset_configs may be a map of dataset to name)"
+        )
     for key in ("data_files", "revision"):
         if getattr(source, key) is not None:
             raise UserError(f"dataset_mixer.{source.name}: {key} is for datasets of the hub, this one is a path")
@@ -269,13 +276,15 @@ def read_files(paths: list[Path]) -> datasets.Dataset:
     for path in paths:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty")
+        if "::" in str(path):
+            raise UserError(f"cannot read {path}: the datasets library takes '::' for an archive's inside; rename it")
     reader = kinds.pop()
     try:
-        rows = datasets.load_dataset(reader, data_files=[str(p) for p in paths], split="train")
+        rows = datasets.load_dataset(reader, data_files=[glob.escape(str(p)) for p in paths], split="train")
         if reader == "json":
             rows.data.table.validate(full=True)  # its reader takes bytes that are no UTF-8
         return rows
-    except (DatasetGenerationError, ValueError, TypeError) as error:
+    except (DatasetGenerationError, ValueError, TypeError, RecursionError) as error:
         cause = _cause(error)
         if reader == "json":
             return read_json_slowly(paths)
@@ -348,6 +357,8 @@ def _decode(path: Path, raw: bytes, line: int) -> Any:
             f"{path}:{line + error.lineno - 1 if line else error.lineno}: malformed JSON: {error.msg} at column "
             f"{error.colno}, near {place!r}"
         ) from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{line or 1}: the JSON is nested too deeply to be read") from error
 
 
 def _plain(value: Any) -> str | list[dict[str, str | None]] | None:
@@ -369,7 +380,7 @@ def plain_message(message: Any) -> dict[str, str | None]:
         return {"role": None, "content": None}
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    role = {"human": "user", "gpt": "assistant"}.get(role, role) if isinstance(role, str) else None
+    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else None
     return {"role": role, "content": _text(content)}
 
 

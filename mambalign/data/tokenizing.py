@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3  # of the code below: part of the cache key, raise it when the output changes
+_VERSION = 4  # of the code below: part of the cache key, raise it when the output changes
 IDS = datasets.List(datasets.Value("int32"))
 MASK = datasets.List(datasets.Value("int8"))
 _ACCOUNT = {
     "reason": datasets.Value("string"),
+    "detail": datasets.Value("string"),
     "notes": datasets.List(datasets.Value("string")),
     "lost": datasets.Value("int32"),
 }
@@ -51,12 +52,23 @@ class TokenizedData:
             example, `notes/<what>` for rows used although something is odd about them.
         fingerprint: sha256 over the ids, masks and row ids.
         first_rows: for every `skipped/...`, `notes/...` and `truncated`, the id of the first such row.
+        details: for a `skipped/...`, what only that first row can tell: the role, the template's own error.
     """
 
     dataset: datasets.Dataset
     report: dict[str, int | float]
     fingerprint: str
     first_rows: dict[str, str] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+
+    def skips(self) -> str:
+        """`2 x unknown_role (a role that is none of the template's: 'bot'; first: data.jsonl:train:7); ...`"""
+        said = []
+        for name, count in self.report.items():
+            if (reason := name.removeprefix("skipped/")) != name:
+                detail = f": {self.details[name]}" if name in self.details else ""
+                said.append(f"{count} x {reason} ({SKIPS[reason]}{detail}; first: {self.first_rows[name]})")
+        return "; ".join(said)
 
 
 @dataclass
@@ -67,7 +79,11 @@ class Row:
     row_id: str
     notes: list[str] = field(default_factory=list)
     reason: str = ""
+    detail: str = ""
     lost: int = 0
+
+    def skip(self, skip: Skip) -> None:
+        self.reason, self.detail = skip.reason, skip.detail
 
 
 # ---------------------------------------------------------------------------------------------------- SFT and text
@@ -103,7 +119,7 @@ class SequenceTokenizer:
                 turns, given = self._conversation(values, row)
                 waiting.append((len(rows), row, given, render_or_skip(self.tokenizer, turns)))
             except Skip as skip:
-                row.reason = skip.reason
+                row.skip(skip)
             rows.append(row)
         encoded = chat.encode_rendered(self.tokenizer, [item[-1] for item in waiting])
         for (place, row, given, _), tokens in zip(waiting, encoded, strict=True):
@@ -225,7 +241,7 @@ def as_batch(rows: Iterable[Row | list[Row]], names: Iterable[str]) -> dict[str,
         if row.reason:  # a skip is the only thing to report of a skipped row
             row.notes = []
     batch: dict[str, list[Any]] = {name: [[] if r.reason else r.columns[name] for r in flat] for name in names}
-    return batch | {key: [getattr(r, key) for r in flat] for key in ("row_id", "reason", "notes", "lost")}
+    return batch | {key: [getattr(r, key) for r in flat] for key in ("row_id", "reason", "detail", "notes", "lost")}
 
 
 def run(
@@ -252,11 +268,11 @@ def run(
     )
     kept = table.select(np.flatnonzero(np.asarray(table.data.column("reason").to_numpy(zero_copy_only=False)) == ""))
     kept = kept.select_columns([*columns, "row_id"])
-    report, first_rows = _account(len(dataset), table, kept)
-    data = TokenizedData(kept, report, fingerprint(kept), first_rows)
+    report, first_rows, details = _account(len(dataset), table, kept)
+    data = TokenizedData(kept, report, fingerprint(kept), first_rows, details)
     _say(data)
     if not len(kept):
-        raise UserError(f"none of the {len(dataset)} rows can be used: {_skips(data) or 'there are no rows'}")
+        raise UserError(f"none of the {len(dataset)} rows can be used: {data.skips() or 'there are no rows'}")
     return data
 
 
@@ -274,10 +290,12 @@ def _cache_key(function: Any, dataset: datasets.Dataset) -> str:
 
 def _account(
     rows: int, table: datasets.Dataset, kept: datasets.Dataset
-) -> tuple[dict[str, int | float], dict[str, str]]:
+) -> tuple[dict[str, int | float], dict[str, str], dict[str, str]]:
+    """`TokenizedData`'s report, first_rows and details."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
-    account = table.select_columns(["row_id", "reason", "notes", "lost"]).with_format("arrow")[:]
+    details: dict[str, str] = {}
+    account = table.select_columns(["row_id", *_ACCOUNT]).with_format("arrow")[:]
     lost = int(pc.sum(account["lost"]).as_py() or 0)
     odd = pc.or_(pc.not_equal(account["reason"], ""), pc.greater(pc.list_value_length(account["notes"]), 0))
     for row in account.filter(odd).to_pylist():
@@ -285,7 +303,10 @@ def _account(
         names += [name if name in ("truncated", "split") else f"notes/{name}" for name in row["notes"]]
         for name in names:
             counts[name] += 1
-            first.setdefault(name, row["row_id"])
+            if name not in first:
+                first[name] = row["row_id"]
+                if row["detail"]:
+                    details[name] = row["detail"]
     skipped = sum(count for name, count in counts.items() if name.startswith("skipped/"))
     lengths = example_lengths(kept)
     masks = [name for name in kept.column_names if name.endswith("_mask") or name == "loss_mask"]
@@ -300,7 +321,7 @@ def _account(
         "tokens_lost": lost,
         "longest": int(lengths.max(initial=0)),
     }
-    return report | dict(sorted(counts.items())), first
+    return report | dict(sorted(counts.items())), first, details
 
 
 def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -334,14 +355,6 @@ def fingerprint(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _skips(data: TokenizedData) -> str:
-    skips = {name.removeprefix("skipped/"): n for name, n in data.report.items() if name.startswith("skipped/")}
-    return "; ".join(
-        f"{count} x {reason} ({SKIPS[reason]}; first: {data.first_rows[f'skipped/{reason}']})"
-        for reason, count in skips.items()
-    )
-
-
 def _say(data: TokenizedData) -> None:
     report = data.report
     logger.info(
@@ -349,7 +362,7 @@ def _say(data: TokenizedData) -> None:
         report["kept"], report["rows"], report["examples"], report["tokens"], report["trained_tokens"],
     )  # fmt: skip
     if report["skipped"]:
-        logger.warning("skipped %d of %d rows: %s", report["skipped"], report["rows"], _skips(data))
+        logger.warning("skipped %d of %d rows: %s", report["skipped"], report["rows"], data.skips())
     if report["truncated"]:
         logger.warning(
             "truncated %d of %d rows, the first is %s; with rows too long to use, %d tokens are lost",

@@ -14,7 +14,7 @@ import datasets
 import pytest
 
 from mambalign.data.mixer import load_mix
-from mambalign.data.sources import is_test_split, parse_source, read_json_slowly, split_of_file
+from mambalign.data.sources import READERS, is_test_split, parse_source, read_json_slowly, split_of_file
 from mambalign.recipe import UserError
 
 
@@ -285,6 +285,7 @@ def test_missing_file_names_the_nearest(folder: Path, make_recipe: Callable[...,
         ({"split": "train_sft[:10]"}, "a slice such as 'train_sft[:10]' can only be taken of datasets of the hub"),
         ({"data_files": "x.jsonl"}, "data_files is for datasets of the hub, this one is a path"),
         ({"revision": "main"}, "revision is for datasets of the hub"),
+        ({"config": "en"}, "the configuration 'en' is for datasets of the hub, this one is a path"),
     ],
 )
 def test_what_only_the_hub_has(folder: Path, make_recipe: Callable[..., Any], entry: dict[str, Any], what: str) -> None:
@@ -384,6 +385,7 @@ def test_column_of_the_wrong_kind(write_jsonl: Callable[..., Path], make_recipe:
         ('{"messages": [{"role": "user", "content": "x"}', "malformed JSON"),
         ("not json at all", "malformed JSON"),
         ("[1, 2]", "a row must be a JSON object"),
+        ('{"text": ' + "[" * 3000 + "]" * 3000 + "}", "the JSON is nested too deeply"),
     ],
 )
 def test_malformed_line(
@@ -421,6 +423,17 @@ def test_files_of_no_known_kind(write_jsonl: Callable[..., Path], make_recipe: C
     path = write_jsonl(name, chats(1))
     message = error_of(make_recipe(dataset_mixer={str(path): 1.0}))
     assert f"cannot read {path}: a data file ends in .jsonl, .json, .parquet, .arrow, this one in" in message
+
+
+def test_paths_are_no_patterns(tmp_path: Path, make_recipe: Callable[..., Any]) -> None:
+    folder = tmp_path / "my [demo]* {dir}?"
+    datasets.Dataset.from_list(chats(2)).save_to_disk(folder / "saved")
+    for name in ("train[1].parquet", "train.jsonl"):
+        getattr(datasets.Dataset.from_list(chats(2)), f"to_{READERS[Path(name).suffix]}")(folder / name)
+    for path in (*folder.iterdir(), folder / "saved"):
+        assert len(load_mix(make_recipe(dataset_mixer={str(path): 1.0}), "train")) == 2
+    (folder / "a::b.jsonl").write_text('{"text": "x"}')
+    assert "takes '::' for an archive's" in error_of(make_recipe(dataset_mixer={str(folder / "a::b.jsonl"): 1.0}))
 
 
 def test_malformed_line_of_a_large_file(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:

@@ -118,7 +118,23 @@ def test_a_row_that_the_template_refuses(plain_tokenizer: Any, turns: Any, as_da
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     chat.apply_template(plain_tokenizer, refusal + chat.TEMPLATES["zephyr"])
     rows = as_dataset([{"messages": turns("u:a", "a:b")}, {"messages": turns("s:x", "u:a", "a:b")}])
-    assert tokenize_sft(rows, plain_tokenizer, make_recipe()).report["skipped/refused_by_template"] == 1
+    data = tokenize_sft(rows, plain_tokenizer, make_recipe())
+    assert data.skips() == "1 x refused_by_template (the chat template raises an error: no system; first: d:train:1)"
+
+
+def test_a_template_that_calls_itself_for_ever(plain_tokenizer: Any, turns: Any) -> None:
+    plain_tokenizer.chat_template = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+    with pytest.raises(UserError, match="fails on a plain conversation of user and assistant: RecursionError"):
+        chat.check_template(plain_tokenizer)
+
+
+def test_roles_by_sharegpts_names(tokenizer: Any, as_dataset: Any, make_recipe: Any, turns: Any) -> None:
+    """Also where the keys are `role` and `content`."""
+    names = ("u", "a"), ("human", "gpt"), ("human", "bot")
+    rows = as_dataset([{"messages": turns(f"{user}:Hi", f"{bot}:Hello")} for user, bot in names])
+    data = tokenize_sft(rows, tokenizer, make_recipe())
+    assert data.dataset["input_ids"][0] == data.dataset["input_ids"][1] and len(data.dataset) == 2
+    assert "1 x unknown_role (a role that is none of the template's: 'bot'; first: d:train:2)" in data.skips()
 
 
 def test_all_rows_skipped_is_an_error(tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any) -> None:
