@@ -38,6 +38,7 @@ _CARRIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_READ_FILES = (*_CARRIED_FILES, files.CONFIG, "additional_chat_templates/*.jinja")  # the config may name the class
 
 
 def load_model(
@@ -83,17 +84,20 @@ def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None,
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise UserError(f"there is no tokenizer folder {folder}")
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise UserError(f"{folder} holds no tokenizer; {advice}")
-    elif not any(files.fetch(os.fspath(path), name, revision, hub, optional=True) for name in _TOKENIZER_FILES):
-        raise UserError(f"no tokenizer found for {path}, neither as a folder here nor on the hub; {advice}")
+    else:
+        try:
+            folder = files.snapshot(os.fspath(path), revision, hub, _READ_FILES)
+        except UserError as error:
+            raise UserError(f"{error}; {advice}") from error
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{path} holds no tokenizer; {advice}")
     try:
-        return AutoTokenizer.from_pretrained(
-            os.path.expanduser(os.fspath(path)), revision=revision or "main", trust_remote_code=False, **hub
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # tokenizers raises bare Exception for a file it cannot parse, so nothing narrower will do.
     except Exception as error:
         raise UserError(f"the tokenizer of {path} cannot be read: {' '.join(str(error).split())}") from error
+    tokenizer.name_or_path = os.fspath(path)
+    return tokenizer
 
 
 def save_model(
@@ -358,13 +362,11 @@ def _check_layout(layout: str) -> None:
 def _carry_files(src: str | os.PathLike[str], staging: Path, revision: str | None = None, **options: Any) -> None:
     """Copy the tokenizer's files of `src`, a folder or a hub id, as they are."""
     hub = {key: options[key] for key in files.HUB_OPTIONS if key in options}
+    local = files.is_local(src)
+    folder = Path(src).expanduser() if local else files.snapshot(os.fspath(src), revision, hub, _READ_FILES)
     for name in _CARRIED_FILES:
-        if files.is_local(src):
-            found: Path | None = Path(src).expanduser() / name
-        else:
-            found = files.fetch(os.fspath(src), name, revision, hub, optional=True)
-        if found and found.is_file() and not (staging / name).exists():
-            shutil.copyfile(found, staging / name)
+        if (folder / name).is_file() and not (staging / name).exists():
+            shutil.copyfile(folder / name, staging / name)
 
 
 def _notes(folder: Path, written: list[Path], layout: Layout) -> tuple[str, ...]:

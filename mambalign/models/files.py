@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
 
 from mambalign.recipe import UserError
 
@@ -167,6 +167,8 @@ def replaced_folder(path: str | os.PathLike[str], *, overwrite: bool = False) ->
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
+        for weights in staging.glob(f"*{Path(SAFETENSORS).suffix}"):
+            shutil.copymode(staging / CONFIG, weights)  # safetensors writes for the owner alone, whatever the umask
         _flush(staging)
         if exists:
             _move_model_files(staging, target)
@@ -248,36 +250,39 @@ def _load_torch_file(file: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 def _download(name: str, revision: str | None, hub: dict[str, Any]) -> Path:
-    if fetch(name, ADAPTER_CONFIG, revision, hub, optional=True):
+    folder = snapshot(name, revision, hub, (CONFIG, ADAPTER_CONFIG, "generation_config.json"))
+    if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(_adapter_message(name))
-    config = fetch(name, CONFIG, revision, hub)
-    if config is None:
-        raise UserError(f"{name} is neither a folder here nor a hub model with a {CONFIG}")
-    # A snapshot folder is named by its commit: pin it, so that all files are of one version.
-    commit = config.parent.name
-    fetch(name, "generation_config.json", commit, hub, optional=True)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{name} on the hub holds no {CONFIG}, so it is not a model")
     for weights in (SAFETENSORS, TORCH_BIN):
-        if fetch(name, weights, commit, hub, optional=True):
-            return config.parent
-        index = fetch(name, f"{weights}.index.json", commit, hub, optional=True)
-        if index:
-            for shard in shard_names(index):
-                fetch(name, shard, commit, hub)
-            return config.parent
+        stem, ending = weights.split(".")
+        # The folder is named by its commit: all files are of one version.
+        snapshot(name, folder.name, hub, (CONFIG, weights, f"{weights}.index.json", f"{stem}-*-of-*.{ending}"))
+        if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
+            return folder
     raise UserError(f"{name} on the hub has no weights in {SAFETENSORS} or {TORCH_BIN}")
 
 
-def fetch(name: str, file: str, revision: str | None, hub: dict[str, Any], optional: bool = False) -> Path | None:
-    """One file of a hub repository through the cache; None where it is not there and `optional`."""
+def snapshot(name: str, revision: str | None, hub: dict[str, Any], wanted: Iterable[str]) -> Path:
+    """The local folder with those `wanted` files (names or patterns) that the hub repository has.
+
+    The hub is asked once however many they are: without a network the answer, or what the cache holds, comes at once.
+    """
     try:
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=not optional, **hub)
-    except OSError as error:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), **hub))
+    except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         raise UserError(
-            f"{name} is not a folder here, and {file} of a hub model of that name could not be fetched: "
-            f"{str(error).splitlines()[0]} Without a network, download the model where there is one "
-            "and give the path of its folder"
+            f"{name} is not a folder here, and a hub repository of that name could not be read: "
+            f"{' '.join(str(error).split())} Without a network, download it where there is one and give the path of "
+            "its folder"
         ) from error
-    return Path(found) if found else None
+
+
+def fetch(name: str, file: str, revision: str | None, hub: dict[str, Any]) -> Path | None:
+    """One file of a hub repository through the cache; None where the repository has none of that name."""
+    found = snapshot(name, revision, hub, (file,)) / file
+    return found if found.is_file() else None
 
 
 def _adapter_message(name: str | Path) -> str:

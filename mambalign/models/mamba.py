@@ -137,6 +137,7 @@ class PackedMixer:
             parameter = self.get_parameter(name)
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = value.to(parameter.device, torch.float32)
+                parameter.grad = None if parameter.grad is None else parameter.grad.float()
         return self
 
 
@@ -249,14 +250,17 @@ class PackedModel:
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
+        if segments is not None and (use_cache or cache_params is not None):
+            raise ValueError(
+                "segments and a cache do not go together: pass padded rows with an attention_mask to fill or continue "
+                "a cache, or leave use_cache out"
+            )
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         use_cache = bool(use_cache) and segments is None and not (self.gradient_checkpointing and self.training)
         embeds: Tensor = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         rows, length = embeds.shape[:2]
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
-        elif not use_cache and segments is not None and cache_params is not None:
-            raise ValueError("segments and a cache do not go together: continue a cache with padded rows and a mask")
         real = None
         if segments is None:
             segments, real = _unpad(attention_mask, rows, length)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconMambaConfig, MambaConfig
 
 from mambalign.models import original
-from mambalign.models.checkpoint import convert, load_model, save_model
+from mambalign.models.checkpoint import convert, load_model, load_tokenizer, save_model
 from mambalign.models.mamba import FalconMambaForCausalLM, MambaForCausalLM
 from mambalign.recipe import UserError
 
@@ -383,6 +385,43 @@ def test_hub_ids_are_resolved_through_the_cache(tmp_path: Path) -> None:
         load_model("someone/other", cache_dir=str(tmp_path))
     with pytest.raises(UserError, match="someone/hf"):
         load_model("someone/hf", revision="v2", cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["hf", "mamba-ssm"])
+def test_the_hub_is_asked_once_and_nothing_is_fetched_in_vain(
+    layout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub = save_model(tiny_model(), tmp_path / "hub", layout=layout)
+    for extra in ("optimizer.pt", "model.fp16.safetensors", "flax_model.msgpack"):
+        (hub / extra).write_text("large")
+    cache, asked = tmp_path / "cache" / commit, []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(revision)
+        cache.mkdir(parents=True, exist_ok=True)
+        for file in hub.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(file, cache / file.name)
+        return str(cache)
+
+    monkeypatch.setattr("mambalign.models.files.snapshot_download", download)
+    load_model("someone/m", revision="v1")
+    assert asked[0] == "v1" and set(asked[1:]) == {commit}
+    assert {file.name for file in cache.iterdir()} == {file.name for file in hub.iterdir()} - {
+        "optimizer.pt", "model.fp16.safetensors", "flax_model.msgpack",
+    }  # fmt: skip
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        asked.append("in vain")
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("mambalign.models.files.snapshot_download", unreachable)
+    for load in (load_model, load_tokenizer):
+        asked.clear()
+        with pytest.raises(UserError, match="Name or service not known Without a network"):
+            load("someone/m")
+        assert asked == ["in vain"]
 
 
 # --- convert proves its work

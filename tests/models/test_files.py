@@ -132,6 +132,16 @@ def test_a_replacement_that_was_killed_is_no_model_and_can_be_redone(
     assert not list(target.glob(".*"))
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_weights_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_model(tiny_model(), tmp_path / "m")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "m").iterdir()} == {mode}
+
+
 def test_folders_inside_are_replaced_too(tmp_path: Path) -> None:
     for content in ("first", "second"):
         with replaced_folder(tmp_path / "m") as staging:

@@ -293,6 +293,7 @@ def test_a_batch_of_uneven_continuations(both: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_state_parameters_stay_fp32(both: tuple[Any, Any], family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     ours = both[1]
+    ours(torch.randint(2, V, (1, 5))).logits.sum().backward()
     exact = {n: p.clone() for n, p in ours.named_parameters() if n.endswith(FP32_PARAMETERS)}
     ours.save_pretrained(tmp_path / "saved")
     loaded = FAMILIES[family][2].from_pretrained(tmp_path / "saved", dtype=dtype)
@@ -305,6 +306,7 @@ def test_state_parameters_stay_fp32(both: tuple[Any, Any], family: str, dtype: t
                 assert torch.equal(parameter, exact[name]), name  # not rounded on the way
             else:
                 assert parameter.dtype in (dtype, torch.float16), name
+            assert parameter.grad is None or parameter.grad.dtype == parameter.dtype, name
     assert loaded(torch.randint(2, V, (1, 5))).logits.isfinite().all()
 
 
@@ -395,3 +397,5 @@ def test_clear_errors(both: tuple[Any, Any]) -> None:
     cache = model(ids, use_cache=True).cache_params
     with pytest.raises(ValueError, match="do not go together"):
         model(ids, segments=Segments.from_lengths([6]), cache_params=cache)
+    with pytest.raises(ValueError, match=r"do not go together.*leave use_cache out"):
+        model(ids, segments=Segments.from_lengths([6]), use_cache=True)
