@@ -217,7 +217,7 @@ class Collator:
     def __call__(self, items: Sequence[Sequence[Example]]) -> list[PackedBatch]:
         examples = [example for item in items for example in item]
         if self.max_tokens is None:
-            return [self._collate(examples)]
+            return [self._collate(examples)] if examples else []
         units, costs = self._units(examples)
         self._check(examples, units, costs)
         bins = best_fit_decreasing(costs, self.max_tokens)

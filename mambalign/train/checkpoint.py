@@ -38,6 +38,8 @@ def seal(folder: Path) -> None:
         for path in _files(folder)
     }
     write_json(folder / MANIFEST, {"files": entries})
+    for path in _files(folder):
+        shutil.copymode(folder / MANIFEST, path)  # safetensors writes for the owner alone, whatever the umask
     for path in [*_files(folder), folder / MANIFEST, folder]:
         _sync(path)
 

@@ -125,8 +125,9 @@ def _orpo(chosen: Completions, rejected: Completions, options: PreferenceOptions
 def _kto(chosen: Completions, rejected: Completions, options: PreferenceOptions) -> Tensor:
     """KTO on pairs, arXiv 2402.01306 eq. 8: each side is judged against the other side's estimated KL.
 
-    The reference point z0 is the mean ratio of the device batch, clamped at 0 and without gradient as in the
-    paper; so, unlike every other loss here, it depends on which pairs share a device batch: use eight or more.
+    The reference point z0 is the mean ratio of the pairs given, clamped at 0 and without gradient as in the paper;
+    so, unlike every other loss here, it depends on which pairs are computed together (a device batch, or under
+    `max_tokens_per_device` each of its parts): eight or more should be.
     """
     kl_chosen = chosen.ratios.mean().clamp(min=0).detach()
     kl_rejected = rejected.ratios.mean().clamp(min=0).detach()

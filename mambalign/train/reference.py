@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
@@ -122,8 +122,8 @@ def _digest(part: Tensor) -> str:
 def _write(path: Path, key: str, part: Tensor) -> None:
     beside = path.with_name(f".{path.name}.partial")
     try:
-        save_file({"logps": part}, str(beside), metadata={"key": key, "sha256": _digest(part)})
-    except SafetensorError as error:
+        beside.write_bytes(save({"logps": part}, metadata={"key": key, "sha256": _digest(part)}))
+    except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written ({error}); free space there and run again: the parts before it are kept"

@@ -32,7 +32,7 @@ from mambalign.data.chat import apply_template, check_template, set_pad_token
 from mambalign.data.mixer import TokenizedData, load_mix, tokenize_preferences, tokenize_sft, tokenize_text
 from mambalign.data.packing import Collator, PackedRows
 from mambalign.models.checkpoint import add_tokens, load_model, load_tokenizer, save_model
-from mambalign.recipe import Recipe, UserError
+from mambalign.recipe import Recipe, UserError, nearest
 from mambalign.train import card, checkpoint, curves
 from mambalign.train.objectives import PreferenceOptions
 from mambalign.train.reference import cache_key, reference_logps, weights_fingerprint
@@ -85,6 +85,8 @@ def run(stage: str, recipe: Recipe) -> RunResult:
 
 
 def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) -> RunResult:
+    objective = _objective(stage, recipe)
+    _check_best_metric(recipe, objective)
     model, tokenizer, facts = load_start(recipe, stage)
     with args.main_process_first(local=False, desc="tokenising"):  # the others read its cache
         train, evaluation = load_data(recipe, stage, tokenizer)
@@ -92,7 +94,7 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) ->
         _write_facts(folder, train, evaluation)
     kind: Any = "pairs" if stage == "dpo" else "sequences"
     rows = {name: _rows(recipe, data, kind) for name, data in (("train", train), ("eval", evaluation)) if data}
-    objective = _objective(stage, recipe)
+    _check_batches(len(rows["train"]), args)
     with _as_user_error("transformers.Trainer"):
         trainer = PackedTrainer(
             model=model,
@@ -117,6 +119,7 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) ->
         trainer.restore_accumulators(start)
     card.attach_hub(trainer, recipe)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    trainer.check_weights()
     metrics = trainer.final_evaluation() if "eval" in rows and recipe.do_eval else {}
     return _finish(trainer, folder, recipe, tokenizer, metrics)
 
@@ -291,14 +294,17 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     for name in ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"):
         values.pop(name, None)  # `card.push` uploads whole, verified files; see there
     loggers = values.get("report_to", [])
+    quiet = loggers in ("none", ["none"])
     values |= {
         "output_dir": str(folder),
-        "report_to": loggers if set(loggers) & {"all"} or loggers in ("none", ["none"]) else [*loggers, "tensorboard"],
+        "report_to": loggers if quiet or "all" in loggers else sorted({*loggers, "tensorboard"}),
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         # transformers narrates every file it writes at "info": one level quieter than ours.
         "log_level": {"debug": "info", "info": "warning"}.get(recipe.log_level, recipe.log_level),
     }
+    if recipe.greater_is_better is None and (recipe.metric_for_best_model or "").endswith("perplexity"):
+        values["greater_is_better"] = False  # transformers would take the largest of all but losses
     if not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False  # nothing to pin for: every run would warn of it
     unknown = sorted(set(values) - supported)
@@ -309,6 +315,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     with _as_user_error("optim"):
         optimizer_class, optimizer_options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **optimizer_options)
+    if recipe.gradient_checkpointing:
+        _check_checkpointing(recipe.gradient_checkpointing_kwargs or {})
     with _as_user_error(f"lr_scheduler_type {recipe.lr_scheduler_type}, lr_scheduler_kwargs"):
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     with _as_user_error("report_to"):
@@ -321,6 +329,15 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         )  # fmt: skip
         args._n_gpu = 1  # else transformers wraps the model in DataParallel, which cannot cut a flat batch
     return args
+
+
+def _check_checkpointing(given: dict[str, Any]) -> None:
+    """Every key is torch's or the Trainer's: others go on to the layers, which take anything without a word."""
+    known = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
+    known |= {"every_n_layers", "offload"}
+    for name in given.keys() - known:
+        choices = ", ".join(sorted(known))
+        raise UserError(f"gradient_checkpointing_kwargs: {name} is unknown{nearest(name, known)} (there are {choices})")
 
 
 @contextmanager
@@ -395,6 +412,25 @@ def _objective(stage: str, recipe: Recipe) -> SequenceObjective | PreferenceObje
     return PreferenceObjective(options, {})
 
 
+def _check_best_metric(recipe: Recipe, objective: SequenceObjective | PreferenceObjective) -> None:
+    name = (recipe.metric_for_best_model or "loss").removeprefix("eval_")
+    if name not in objective.metrics:
+        raise UserError(
+            f"metric_for_best_model: {name} is not measured{nearest(name, objective.metrics)} "
+            f"(there are {', '.join(objective.metrics)})"
+        )
+
+
+def _check_batches(rows: int, args: TrainingArguments) -> None:
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise UserError(
+            f"dataloader_drop_last: {rows} training rows do not fill a batch of per_device_train_batch_size "
+            f"{args.train_batch_size} x {args.world_size} device(s), and an incomplete one is dropped; lower the batch "
+            "size or set it to false"
+        )
+
+
 def _reference(
     trainer: PackedTrainer,
     data: TokenizedData,
@@ -432,3 +468,8 @@ def _say_plan(trainer: PackedTrainer, rows: dict[str, PackedRows], recipe: Recip
         stage, len(train), what, count, args.train_batch_size, args.gradient_accumulation_steps, args.world_size,
         f"{sum(train.lengths()):,}",
     )  # fmt: skip
+    if recipe.loss_type == "kto" and recipe.max_tokens_per_device and stage == "dpo":
+        logger.warning(
+            "max_tokens_per_device: kto takes its reference point from the pairs of one forward pass, so this bound "
+            "changes the update; keep it so large that it rarely cuts a batch"
+        )

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -44,11 +45,18 @@ ACCUMULATORS = "accumulators.json"
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the rows and says what to try."""
+    """Loss, gradient or weights became NaN or infinite; the message names the step and the rows, and says what to try.
+
+    No checkpoint of such weights is ever published.
+    """
 
 
 class Objective(Protocol):
     """What to make of the log-probs of a batch's targets."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what an evaluation measures."""
 
     def items(self, batch: PackedBatch) -> int:
         """How many items of the batch the loss is a sum over."""
@@ -59,6 +67,8 @@ class Objective(Protocol):
 
 class SequenceObjective:
     """Continued pre-training and SFT: cross-entropy of the trained tokens."""
+
+    metrics = ("loss", "perplexity")
 
     def items(self, batch: PackedBatch) -> int:
         return batch.num_targets
@@ -73,6 +83,8 @@ class PreferenceObjective:
 
     def __init__(self, options: PreferenceOptions, reference: dict[str, Tensor]):
         self.options, self.reference = options, reference
+        nothing = Completions(torch.empty(0), torch.empty(0))
+        self.metrics = tuple(preference_metrics(nothing, nothing, torch.empty(0), options))
 
     def items(self, batch: PackedBatch) -> int:
         assert batch.pairs is not None
@@ -146,6 +158,7 @@ class PackedTrainer(Trainer):
         self._sums: dict[str, float | Tensor] = {}
         self._totals = {"items": 0, "tokens": 0, "tokens_seen": 0, "prompt_tokens_saved": 0}
         self._clock: float | None = None  # set by the first step: loading is not training
+        self._indices: list[int] = []  # what the current step has read
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._parameters = sum(p.numel() for p in model.parameters())
 
@@ -155,6 +168,9 @@ class PackedTrainer(Trainer):
         """Forward and backward of one device batch; returns its share of the step's loss."""
         model.train()
         self._clock = self._clock or time.perf_counter()
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         total = torch.zeros((), device=self.args.device)
         if not inputs:
             # The last round of an epoch had no rows left for this process; the others wait for its gradients: zeros.
@@ -171,10 +187,28 @@ class PackedTrainer(Trainer):
         # DDP averages gradients over processes; the count is over all of them, so put the sum back.
         loss = loss * self.accelerator.num_processes / num_items
         if not bool(torch.isfinite(loss)):
-            raise NonFiniteLossError(self._advice(batch, float(loss.detach())))
+            raise NonFiniteLossError(
+                self._advice(f"loss is {float(loss.detach())}", self.state.global_step + 1, batch.indices.tolist())
+            )
         self.accelerator.backward(loss)
         self._count(batch, sums)
         return loss.detach()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Of the whole step, right before the optimizer uses it."""
+        norm, indices = super()._get_grad_norm(model, grad_norm), self._indices
+        self._indices = []
+        # fp16's loss scaling expects overflows: it skips the step and lowers the scale.
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            step = self.state.global_step + 1
+            raise NonFiniteLossError(self._advice(f"the gradient's norm is {float(norm)}", step, indices))
+        return norm
+
+    def check_weights(self) -> None:
+        """Raises `NonFiniteLossError` if one is not finite: in 16 bits an optimizer overflows on finite gradients."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NonFiniteLossError(self._advice(f"{name} is not finite", self.state.global_step, []))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         count = sum(self.objective.items(batch) for batches in batch_samples for batch in batches)
@@ -183,6 +217,7 @@ class PackedTrainer(Trainer):
         return self.accelerator.gather(torch.tensor(count, device=device)).sum()
 
     def _count(self, batch: PackedBatch, sums: dict[str, Tensor]) -> None:
+        self._indices += batch.indices.tolist()
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
         self._totals["items"] += self.objective.items(batch)
@@ -190,13 +225,14 @@ class PackedTrainer(Trainer):
         self._totals["tokens_seen"] += batch.num_tokens
         self._totals["prompt_tokens_saved"] += batch.num_prompt_tokens_saved
 
-    def _advice(self, batch: PackedBatch, loss: float) -> str:
-        rows = [self.row_ids[i] if self.row_ids else str(i) for i in batch.indices.tolist()]
+    def _advice(self, what: str, step: int, indices: list[int]) -> str:
+        rows = [self.row_ids[i] if self.row_ids else str(i) for i in indices]
         shown = ", ".join(rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+        read = f"; rows of the batch: {shown}" if rows else ""
         return (
-            f"loss is {loss} at step {self.state.global_step + 1}; rows of the batch: {shown}. The weights of the last "
-            "checkpoint are intact. Try a lower learning_rate or a longer warmup, max_grad_norm: 1.0, dtype: float32 "
-            "with bf16: true instead of pure 16-bit weights, and look at these rows."
+            f"{what} at step {step}{read}. The checkpoints in {self.args.output_dir} are intact. Try a lower "
+            "learning_rate or a longer warmup, max_grad_norm: 1.0, dtype: float32 with bf16: true instead of pure "
+            f"16-bit weights{', and look at these rows' if rows else ''}."
         )
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -210,10 +246,13 @@ class PackedTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- the data
 
-    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        if self.args.world_size > 1:
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> Any:
+        # transformers drops the last rows of an evaluation too; of a filled one there is nothing to drop.
+        if not (is_training and self.args.dataloader_drop_last):
             dataset = FilledRows(dataset, batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -302,6 +341,7 @@ class PackedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Staged, sealed, renamed (see `checkpoint.py`). A failed save is reported and training goes on."""
+        self.check_weights()
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         staging = final.parent / checkpoints.STAGING
         self._pool()
@@ -352,6 +392,11 @@ class PackedTrainer(Trainer):
         self.args.eval_on_start = False  # the run has started
         if self.is_world_process_zero():  # the sums are those of all processes
             self._sums, self._totals = saved["sums"], saved["totals"]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied head is stored once, as the embedding: it is not missing.
+        missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.write_card is not None:

@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mambalign.recipe import Recipe, UserError
 from mambalign.train import checkpoint
-from mambalign.train.run import run
+from mambalign.train.run import run, training_arguments
 from mambalign.train.trainer import NonFiniteLossError, PackedTrainer
 from tests.train.conftest import history, killed_run, write_jsonl
 
@@ -319,10 +318,10 @@ def test_a_full_disk_in_the_reference_pass_is_one_sentence(
     from mambalign.train import reference
 
     def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"part-00000\.safetensors cannot be written"):
-        patch.setattr(reference, "save_file", full)
+        patch.setattr(reference, "save", full)
         run("dpo", recipe("dpo", max_steps=1))
     run("dpo", recipe("dpo", max_steps=1))
 
@@ -344,6 +343,72 @@ def test_a_diverging_loss_stops_with_the_rows(recipe: Make, monkeypatch: pytest.
     assert checkpoint.newest_complete(tmp_path / "sft") == tmp_path / "sft" / "checkpoint-3"
 
 
+def test_a_diverging_gradient_never_reaches_a_checkpoint(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The loss is finite; the rows named are those of the whole step."""
+    from mambalign.train import trainer as module
+
+    real, calls = module.target_logps, []
+
+    def poisoned(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        logps = real(model, batch)
+        if len(calls) == 5:
+            logps.register_hook(lambda gradient: gradient * float("nan"))
+        return logps
+
+    monkeypatch.setattr(module, "target_logps", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"gradient's norm is nan at step 3; rows .*(train:\d+.*){4}intact"):
+        run("sft", recipe("sft", save_steps=1, packing=False))
+    newest = checkpoint.newest_complete(tmp_path / "sft")
+    assert newest == tmp_path / "sft" / "checkpoint-2"
+    assert all(value.isfinite().all() for value in weights(newest).values())
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_an_optimizer_that_overflows_leaves_no_checkpoint(save_strategy: str, recipe: Make, tmp_path: Path) -> None:
+    """Adam's epsilon is 0 in float16: a row without gradient becomes 0 / 0."""
+    changes = dict(dtype="float16", save_steps=1, max_steps=1, save_strategy=save_strategy)
+    with pytest.raises(NonFiniteLossError, match=r"embeddings.weight is not finite at step 1.*dtype: float32"):
+        run("sft", recipe("sft", **changes))
+    assert not checkpoint.checkpoints(tmp_path / "sft")
+    assert not (tmp_path / "sft" / "model.safetensors").exists()
+
+
+def test_what_is_read_by_a_team_is_readable(recipe: Make, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        run("dpo", recipe("dpo", max_steps=1))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "dpo").rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o644}, modes
+
+
+def test_the_best_checkpoint_by_perplexity_is_the_lowest(recipe: Make, caplog: pytest.LogCaptureFixture) -> None:
+    changes: dict[str, Any] = dict(eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, max_steps=6)
+    with caplog.at_level(logging.WARNING):
+        result = run("sft", recipe("sft", metric_for_best_model="perplexity", **changes))
+    evaluated = [line["eval_perplexity"] for line in history(result.output_dir) if "eval_perplexity" in line]
+    assert result.metrics["eval_perplexity"] == pytest.approx(min(evaluated[:2])) and evaluated[1] < evaluated[0]
+    assert "missing keys" not in caplog.text  # the tied head
+
+
+def test_dataloader_drop_last_drops_no_held_out_row(recipe: Make, tmp_path: Path) -> None:
+    metrics = [
+        run("sft", recipe("sft", output_dir=str(tmp_path / str(drop)), max_steps=1, packing=False,
+                          per_device_eval_batch_size=5, dataloader_drop_last=drop)).metrics["eval_loss"]
+        for drop in (True, False)
+    ]  # fmt: skip
+    assert metrics[0] == metrics[1]
+
+
+def test_a_logger_is_attached_once(recipe: Make, tmp_path: Path) -> None:
+    for given, attached in ((["tensorboard"], ["tensorboard"]), ([], [])):
+        assert training_arguments(recipe("sft", report_to=given), tmp_path).report_to == attached
+
+
 def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         (dict(model_name_or_path=str(tmp_path / "no-model")), "no-model"),
@@ -356,6 +421,9 @@ def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path
         (dict(optim_args="fast"), "optim: "),
         (dict(adam_beta1=1.5), "optim: Invalid beta"),
         (dict(lr_scheduler_kwargs={"speed": 1}), "lr_scheduler_kwargs: .*'speed'"),
+        (dict(metric_for_best_model="eval_los", eval_strategy="epoch"), "metric_for_best_model: los .*'loss'"),
+        (dict(dataloader_drop_last=True, per_device_train_batch_size=64), "dataloader_drop_last: 18 training rows"),
+        (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrent": 1}), "'use_reentrant'"),
         (dict(report_to=["wandb"]), "report_to: .*pip install wandb"),
         (dict(report_to=["paper"]), "report_to: paper is not supported"),
         (dict(fsdp="full_shard"), "fsdp only works in distributed training"),
