@@ -253,7 +253,8 @@ def test_data_are_looked_at_without_a_tokenizer_too(tiny: Path) -> None:
     report = check(TINY_SFT, ["--tokenizer_name_or_path", "./nope"])
     assert report.sections["train"]["rows"] == 200 and "messages" in report.sections["train"]["columns"]
     report = check(TINY_SFT, ["--tokenizer_name_or_path", "./nope", "--dataset_mixer", "{data/tiny/no.jsonl: 1.0}"])
-    assert {f.key for f in report.errors} >= {"chat_template", "dataset_mixer"}
+    assert [f.key for f in report.errors] == ["chat_template", "dataset_mixer"], "data that is not there is said once"
+    assert report.errors[1].message.startswith("'no.jsonl' does not exist")
 
 
 def test_skipped_rows_are_named_with_reason_and_place(tiny: Path) -> None:

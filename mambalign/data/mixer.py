@@ -180,7 +180,7 @@ def _schema_columns(columns: list[str], there: list[str], source: Source, recipe
     if not found:
         wanted = {name: [recipe.text_column if n == "text" else n for n in needed] for name, needed in schemas.items()}
         needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in wanted.items())
-        near = (nearest(column, there) for needed in wanted.values() for column in needed)
+        near = (nearest(column, there) for needed in wanted.values() for column in needed if column not in there)
         raise UserError(
             f"dataset {source.name!r} has the columns {', '.join(there)}, which fit no schema ({needs})"
             "; name them with dataset_columns, a map of the wanted name to the dataset's" + next(filter(None, near), "")
@@ -207,8 +207,9 @@ def _mend(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset
     feature = rows.features[name]
     is_mixed = type(feature).__name__ == "Json"  # the JSON reader's name for values of differing type
     inner = getattr(feature, "feature", None)
+    only_empty = isinstance(inner, datasets.Value) and inner.dtype == "null"
     holds_messages = not is_mixed and (
-        isinstance(inner, dict) or type(inner).__name__ == "Json" or _is_struct_of_lists(feature)
+        isinstance(inner, dict) or type(inner).__name__ == "Json" or only_empty or _is_struct_of_lists(feature)
     )
     if is_mixed:
         texts, lists = (

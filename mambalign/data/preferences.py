@@ -187,6 +187,8 @@ def tokenize_preferences(dataset: datasets.Dataset, tokenizer: Any, recipe: Reci
             is skipped.
     """
     require_columns(dataset, [("chosen", "rejected")], "dpo")
+    if recipe.max_length < 2:
+        raise UserError(f"max_length: {recipe.max_length} is too small for a pair; it needs 2 tokens")
     function = PairTokenizer(tokenizer, recipe)
     if function.max_prompt_length >= recipe.max_length:
         raise UserError(

@@ -425,6 +425,12 @@ def test_files_of_no_known_kind(write_jsonl: Callable[..., Path], make_recipe: C
     assert f"cannot read {path}: a data file ends in .jsonl, .json, .parquet, .arrow, this one in" in message
 
 
+def test_nothing_but_empty_conversations(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
+    """A type of its own to the JSON reader; tokenisation counts them."""
+    path = str(write_jsonl("empty.jsonl", [{"messages": []}] * 2))
+    assert load_mix(make_recipe(dataset_mixer={path: 1.0}), "train")["messages"][:] == [[], []]
+
+
 def test_paths_are_no_patterns(tmp_path: Path, make_recipe: Callable[..., Any]) -> None:
     folder = tmp_path / "my [demo]* {dir}?"
     datasets.Dataset.from_list(chats(2)).save_to_disk(folder / "saved")

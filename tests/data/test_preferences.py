@@ -259,3 +259,5 @@ def test_a_prompt_must_leave_room(tokenize: Any, layouts: dict[str, Any]) -> Non
     with pytest.raises(UserError, match="max_prompt_length: 64 leaves no room for a completion in max_length: 64"):
         tokenize([layouts["text"]], max_length=64)
     assert len(tokenize([layouts["text"]], max_length=64, max_prompt_length=None).dataset) == 1, "default: half"
+    with pytest.raises(UserError, match="max_length: 1 is too small for a pair"):
+        tokenize([layouts["text"]], max_length=1, max_prompt_length=None)
