@@ -242,7 +242,8 @@ class PackedTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but norms and biases, as usual, and but `A_log` and `D`, as Mamba's authors mark them."""
         names = super().get_decay_parameter_names(model)
-        return [name for name in names if name.rsplit(".", 1)[-1] not in ("A_log", "D")]
+        # transformers knows layers' `norm`, not the last one, `norm_f`.
+        return [name for name in names if "norm" not in name and name.rsplit(".", 1)[-1] not in ("A_log", "D")]
 
     # ------------------------------------------------------------------------------------------------- the data
 

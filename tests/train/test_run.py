@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -402,6 +403,25 @@ def test_dataloader_drop_last_drops_no_held_out_row(recipe: Make, tmp_path: Path
         for drop in (True, False)
     ]  # fmt: skip
     assert metrics[0] == metrics[1]
+
+
+def test_norms_biases_and_state_parameters_never_decay(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[str, float] = {}
+    real = PackedTrainer.create_optimizer
+
+    def spy(self: PackedTrainer, *args: Any) -> Any:
+        optimizer = real(self, *args)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        held.update({names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]})
+        return optimizer
+
+    monkeypatch.setattr(PackedTrainer, "create_optimizer", spy)
+    run("sft", recipe("sft", max_steps=1, weight_decay=0.1))
+    free = {name for name in held if re.search(r"norm|bias$|\.A_log$|\.D$", name)}
+    assert "backbone.norm_f.weight" in free and len(free) < len(held)
+    assert all(decay == (0 if name in free else 0.1) for name, decay in held.items()), held
 
 
 def test_a_logger_is_attached_once(recipe: Make, tmp_path: Path) -> None:
