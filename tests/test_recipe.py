@@ -252,7 +252,7 @@ def test_training_arguments_are_taken_by_transformers(tmp_path: Path) -> None:
         learning_rate=3e-6,
         warmup_ratio=0.25,
         gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={"preserve_rng_state": False},
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": 1e-7},
         use_cpu=True,
@@ -261,6 +261,10 @@ def test_training_arguments_are_taken_by_transformers(tmp_path: Path) -> None:
     )
     args = transformers.TrainingArguments(**recipe.training_arguments(world_size=2, supported=supported))
     assert args.learning_rate == 3e-6 and args.gradient_checkpointing and args.report_to == []
+    assert recipe.training_arguments()["gradient_checkpointing_kwargs"] == {
+        "use_reentrant": False,  # torch's own default is the other one, with a warning
+        "preserve_rng_state": False,
+    }
     assert args.get_warmup_steps(1000) == 250
     assert args.gradient_accumulation_steps == 2
     assert set(recipe.training_arguments()) <= supported

@@ -255,7 +255,7 @@ class Recipe:
         False, "training", "Keep only each layer's input and compute the rest again in the backward pass."
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = _key(
-        None, "training", "Arguments of it; {use_reentrant: false} is usual."
+        None, "training", "Arguments of it; use_reentrant is false unless given."
     )
     optim: str = _arg("adamw_torch", "training", "Optimizer, by its name in transformers.")
     optim_args: str | None = _arg(None, "training", "Extra arguments of the optimizer: a=1,b=2.")
@@ -297,7 +297,9 @@ class Recipe:
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = _arg(
         "info", "logging", "How much the libraries say."
     )
-    disable_tqdm: bool | None = _arg(None, "logging", "No progress bar.")
+    disable_tqdm: bool | None = _arg(
+        None, "logging", "No progress bar; null shows one on a terminal and spares a log file."
+    )
     report_to: list[str] = _arg(
         ["tensorboard"], "logging", "Loggers beside metrics.jsonl: tensorboard, wandb, ...; none for no other."
     )
@@ -423,7 +425,8 @@ class Recipe:
             prefix = "activation" if "activation_checkpointing" in supported else "gradient"
             values[f"{prefix}_checkpointing"] = True
             if self.gradient_checkpointing_kwargs:
-                values[f"{prefix}_checkpointing_kwargs"] = self.gradient_checkpointing_kwargs
+                kwargs = {"use_reentrant": False} | self.gradient_checkpointing_kwargs
+                values[f"{prefix}_checkpointing_kwargs"] = kwargs
         return values
 
     def to_dict(self) -> dict[str, Any]:

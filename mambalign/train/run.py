@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -303,6 +304,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         # transformers narrates every file it writes at "info": one level quieter than ours.
         "log_level": {"debug": "info", "info": "warning"}.get(recipe.log_level, recipe.log_level),
     }
+    # A bar redrawn into a log file is megabytes of it; the log lines stay.
+    values.setdefault("disable_tqdm", not sys.stderr.isatty())
     if recipe.greater_is_better is None and (recipe.metric_for_best_model or "").endswith("perplexity"):
         values["greater_is_better"] = False  # transformers would take the largest of all but losses
     if not torch.accelerator.is_available():
