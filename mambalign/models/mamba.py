@@ -24,6 +24,7 @@ from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaO
 
 from mambalign.ops import Segments, causal_conv1d, rms_norm, selective_scan, token_logps
 from mambalign.ops.backends import take_rows
+from mambalign.ops.rms_norm import normalised
 
 # The recurrence is an exponential of these; the authors keep them in fp32 whatever the rest is in
 # (https://github.com/state-spaces/mamba#precision), and so do we: on loading, and on any later `.to(dtype)`.
@@ -45,12 +46,6 @@ class StepSizeProjection(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight)
-
-
-def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    """`x / rms(x)` in fp32, or in fp64 for fp64: transformers' norms would round fp64 to fp32."""
-    x = x.float() if x.dtype.itemsize < 4 else x
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(hf_mamba.MambaRMSNorm):
@@ -147,7 +142,7 @@ class MambaMixer(PackedMixer, hf_mamba.MambaMixer):
 
 class FalconMambaMixer(PackedMixer, hf_falcon.FalconMambaMixer):
     def normalise(self, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta, B, C = (_rms_norm(x, self.rms_eps).to(x.dtype) for x in (delta, B, C))
+        delta, B, C = (normalised(x, self.rms_eps).to(x.dtype) for x in (delta, B, C))
         return delta, B, C
 
 

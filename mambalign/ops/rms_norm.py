@@ -12,9 +12,13 @@ from mambalign.ops.reference import compute_dtype
 
 def _torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Rounded to x's dtype before the weight is applied, as transformers does it."""
+    return (weight * normalised(x, eps).to(x.dtype)).to(dtype)
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """`x / rms(x)` in fp32, or in fp64 for fp64: transformers' norms would round fp64 to fp32."""
     exact = x.to(compute_dtype(x))
-    scaled = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight * scaled.to(x.dtype)).to(dtype)
+    return exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
 
 
 BACKENDS = {"cuda": cuda_norm.rms_norm, "torch": _torch, "reference": reference.rms_norm}
