@@ -34,10 +34,11 @@ from mambalign.ops.segments import Segments
 
 SOURCE = Path(__file__).with_name("selective_scan.cu")
 # As in the source: states of a channel, channels of a warp, tokens between stored states.
-STATES, LANES, TILE = 16, 32, 32
-# Warps a multiprocessor should have; long segments are cut where there are fewer. The backward pass cuts more: it gets
-# the states at its cuts from the forward pass for free. No more than 7 of its warps fit at a time.
-FORWARD_WARPS, BACKWARD_WARPS = 9, 21
+STATES, LANES, TILE = 16, 16, 32
+WARPS = 2  # of a block: they share B and C, and add up dB and dC
+# Blocks that a multiprocessor holds, by registers and shared memory.
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 6
+ENOUGH = 4  # blocks for each multiprocessor: cutting segments for more costs more than it brings
 SHORTEST_PIECE = 256  # tokens: cutting costs a second walk over what is cut
 LONGEST_PIECE = 1 << 15  # tokens: the kernels' offsets within a unit are 32 bits wide
 STATIC = True  # compile for the row lengths at hand: addresses then cost no instructions (a sixth of all)
@@ -68,17 +69,25 @@ class Plan:
     checkpoints: int
 
 
-def plan(segments: Segments, blocks: int, warps: int, device: torch.device) -> Plan:
-    """Cut and distribute `segments` for `blocks` blocks of channels on a device that keeps `warps` warps busy."""
-    key = ("cuda scan", blocks, warps, SHORTEST_PIECE, str(device))
+def plan(segments: Segments, blocks: int, held: int, device: torch.device) -> Plan:
+    """Cut and distribute `segments` for `blocks` blocks of channels on a device that runs `held` blocks at a time."""
+    key = ("cuda scan", blocks, held, SHORTEST_PIECE, str(device))
     if key not in segments._plans:
-        segments._plans[key] = _plan(segments, blocks, warps, device)
+        segments._plans[key] = _plan(segments, blocks, held, device)
     return segments._plans[key]  # type: ignore[return-value]
 
 
-def _plan(segments: Segments, blocks: int, warps: int, device: torch.device) -> Plan:
-    longest = max(SHORTEST_PIECE, _up(-(-segments.num_tokens * blocks // warps), TILE))
-    longest = min(longest, LONGEST_PIECE)
+def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> int:
+    """Tokens; as long as the device allows, since cutting costs a second walk over what is cut."""
+    longest = int(segments.cu_seqlens.diff().max()) if segments.num_segments else 0
+    if longest and segments.num_tokens // longest * blocks < enough:
+        rows = max(1, held // blocks)  # these run at the same time, and no other has to wait for them to finish
+        longest = max(SHORTEST_PIECE, -(-segments.num_tokens // rows))
+    return min(_up(longest, TILE), LONGEST_PIECE)
+
+
+def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> Plan:
+    longest = _longest_piece(segments, blocks, held, ENOUGH * _multiprocessors(device))
     begins, lengths, parents, owners, lasts = [], [], [], [], []
     last_unit: list[int] = []  # of each segment
     for segment, (begin, end, parent) in enumerate(
@@ -110,7 +119,7 @@ def _plan(segments: Segments, blocks: int, warps: int, device: torch.device) -> 
     ]
 
     def walk(units: Sequence[int]) -> Walk:
-        return _walk(units, lengths, max(1, -(-4 * warps // blocks)), device)
+        return _walk(units, lengths, max(1, -(-4 * held // blocks)), device)
 
     return Plan(
         torch.tensor(rows, dtype=torch.int32).view(-1, 8).to(device),
@@ -164,15 +173,15 @@ class _Call:
         segments: Segments,
         vectors: dict[str, Tensor | None],
         softplus: bool,
-        warps: int,
+        held: int,
     ):
         u = tokens["u"]
         (self.T, self.D), self.N = u.shape, A.shape[1]
-        self.Dp = _up(self.D, LANES)
-        self.blocks = self.Dp // LANES
+        self.Dp = _up(self.D, LANES * WARPS)
+        self.blocks = self.Dp // (LANES * WARPS)
         self.device, self.dtype = u.device, u.dtype
         self.softplus = softplus
-        self.plan = plan(segments, self.blocks, warps * _multiprocessors(self.device), self.device)
+        self.plan = plan(segments, self.blocks, held * _multiprocessors(self.device), self.device)
         self.values: dict[str, Any] = {
             "A": self.padded(A.float()[None] * LOG2_E),
             "units": self.plan.units,
@@ -181,6 +190,7 @@ class _Call:
             "padded_channels": self.Dp,
             "num_states": self.N,
             "num_tokens": self.T,
+            "num_blocks": self.blocks,
             "num_joined": self.plan.joined.numel(),
         }
         self.add_tokens(**tokens)
@@ -212,11 +222,13 @@ class _Call:
 
     def walk(self, kernel: str, walk: Walk) -> None:
         values = self.values | {"item_starts": walk.starts, "item_units": walk.units}
-        self.launch(kernel, (self.blocks, walk.rows), LANES, values)
+        self.launch(kernel, (self.blocks, walk.rows), 32 * WARPS, values)
 
     def launch(self, kernel: str, grid: tuple[int, int], threads: int, values: dict[str, Any]) -> None:
-        macros = {"IO": IO[self.dtype], "GATED": "z" in self.values, "SOFTPLUS": self.softplus}
+        macros = {"IO": IO[self.dtype], "GATED": "z" in self.values, "SOFTPLUS": self.softplus, "WARPS": WARPS}
         macros["ALIGNED_ROWS"] = self.N == STATES and all(self.aligned(name) for name in ("B", "C"))
+        tokens = [name for name in ("u", "delta", "z", "d_out") if name in self.values]
+        macros["ALIGNED_TOKENS"] = self.D % 4 == 0 and all(self.aligned(name) for name in tokens)
         if STATIC:
             # What a pass does not read has the usual length, so that both passes share one build.
             strides = {n: self.values.get(f"{n}_stride", self.D) for n in ("u", "delta", "z", "d_out")}
@@ -225,9 +237,9 @@ class _Call:
         module(key, self.device).launch(kernel, grid, threads, values)
 
     def aligned(self, name: str) -> bool:
-        """Whether a lane can read a token's whole row of B or C 16 bytes at a time."""
-        row = self.values[name]
-        return row.data_ptr() % 16 == 0 and row.stride(0) * row.itemsize % 16 == 0
+        """Whether four neighbours can be read at once anywhere in the rows of a token tensor."""
+        rows = self.values[name]
+        return rows.data_ptr() % (4 * rows.itemsize) == 0 and rows.stride(0) % 4 == 0
 
     def join(self, kernel: str) -> None:
         if self.plan.joined.numel():
@@ -257,7 +269,7 @@ class SelectiveScan(torch.autograd.Function):
         segments: Segments,
         initial_state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        call = _call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, FORWARD_WARPS)
+        call = _call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, FORWARD_BLOCKS)
         if initial_state is not None:
             call.values["initial"] = call.padded(initial_state)
         call.add_workspace()
@@ -276,7 +288,7 @@ class SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_finals: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints = ctx.saved_tensors
-        call = _call(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, ctx.segments, BACKWARD_WARPS)
+        call = _call(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, ctx.segments, BACKWARD_BLOCKS)
         call.add_tokens(d_out=torch.zeros_like(u) if d_out is None else d_out)
         call.add_workspace()
         call.values["d_final"] = None if d_finals is None else call.padded(d_finals)
@@ -295,7 +307,8 @@ class SelectiveScan(torch.autograd.Function):
         call.values |= grads | {"checkpoints": checkpoints, "d_BC": d_BC, "d_A": d_A, "d_D": d_D, "d_bias": d_bias}
         call.values["d_initial"] = d_initial
         call.walk("scan_backward", call.plan.all)
-        d_B, d_C = d_BC.sum(0).split(STATES, dim=1)
+        d_B, d_C = (torch.empty(call.T, STATES, dtype=call.dtype, device=u.device) for _ in range(2))
+        call.launch("sum_BC", (-(-call.T * 8 // 128), 1), 128, call.values | {"d_BC": d_BC, "d_B": d_B, "d_C": d_C})
         return (
             grads["d_u"].to(u.dtype),
             grads["d_delta"].to(delta.dtype),
@@ -322,14 +335,14 @@ def _call(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     segments: Segments,
-    warps: int,
+    held: int,
 ) -> _Call:
     tokens = {"u": u, "delta": delta, "B": B, "C": C} | ({} if z is None else {"z": z})
     # One element type for all: where they differ, the widest keeps every bit.
     dtypes = {t.dtype for t in tokens.values()}
     if len(dtypes) > 1:
         tokens = {name: value.float() for name, value in tokens.items()}
-    return _Call(tokens, A, segments, {"D": D, "bias": delta_bias}, delta_softplus, warps)
+    return _Call(tokens, A, segments, {"D": D, "bias": delta_bias}, delta_softplus, held)
 
 
 def selective_scan(*args: Any) -> tuple[Tensor, Tensor]:

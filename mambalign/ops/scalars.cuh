@@ -11,10 +11,21 @@ typedef unsigned short half_bits;
 __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float from_bf16(half_bits x) { return __uint_as_float((unsigned)x << 16); }
 __device__ __forceinline__ half_bits to_bf16(float x) { half_bits y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+__device__ __forceinline__ unsigned two_to_bf16(float low, float high) { unsigned y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
 __device__ __forceinline__ float from_fp16(half_bits x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 __device__ __forceinline__ half_bits to_fp16(float x) { half_bits y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// d += a b for a [16, 8] and b [8, 8], both rounded towards zero to 11 bits, the sum in fp32. Of lane 4 g + k: a0 = a[g, k],
+// a1 = a[g + 8, k], a2 = a[g, k + 4], a3 = a[g + 8, k + 4]; b0 = b[k, g], b1 = b[k + 4, g]; d = d[g, 2k], d[g, 2k + 1] and
+// the same of row g + 8.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+__device__ __forceinline__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 #endif
 
 // How values of an element type are stored, and read as fp32.
@@ -38,6 +49,38 @@ template <> struct Scalar<2> {
 typedef Scalar<IO>::type io;
 __device__ __forceinline__ float widen(io x) { return Scalar<IO>::widen(x); }
 __device__ __forceinline__ io narrow(float x) { return Scalar<IO>::narrow(x); }
+
+// Four neighbours of a row as they are stored, in whole registers, and as numbers.
+struct alignas(4 * sizeof(io)) Four {
+  unsigned words[sizeof(io)];
+};
+
+struct Quad {
+  float v[4];
+};
+
+__device__ __forceinline__ Quad widen(const Four& four) {
+  const unsigned* w = four.words;
+#if IO == 0
+  return Quad{{__uint_as_float(w[0]), __uint_as_float(w[1]), __uint_as_float(w[2]), __uint_as_float(w[3])}};
+#elif IO == 1
+  return Quad{{__uint_as_float(w[0] << 16), __uint_as_float(w[0] & 0xffff0000u), __uint_as_float(w[1] << 16),
+               __uint_as_float(w[1] & 0xffff0000u)}};
+#else
+  return Quad{{from_fp16(w[0]), from_fp16(w[0] >> 16), from_fp16(w[1]), from_fp16(w[1] >> 16)}};
+#endif
+}
+
+__device__ __forceinline__ Four narrow(const Quad& quad) {
+  const float* v = quad.v;
+#if IO == 0
+  return Four{{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])}};
+#elif IO == 1
+  return Four{{two_to_bf16(v[0], v[1]), two_to_bf16(v[2], v[3])}};
+#else
+  return Four{{to_fp16(v[0]) | (unsigned)to_fp16(v[1]) << 16, to_fp16(v[2]) | (unsigned)to_fp16(v[3]) << 16}};
+#endif
+}
 
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp_fast(-x)); }

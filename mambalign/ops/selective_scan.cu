@@ -1,23 +1,29 @@
 // The selective scan on a GPU, forward and backward: see ops/cuda_scan.py for how the passes fit together.
 //
-// The state of a channel is diagonal: N <= 16 numbers that never meet those of another channel. So a warp owns 32
-// channels and walks time; no thread waits for another except to sum. Parallelism comes from channels x units, where a
-// unit is a segment or a piece of a long one. Exponentials (ex2, 16 lanes a clock and multiprocessor) bind first, then
-// the issue of fp32 instructions; loads are a tenth of either.
+// The state of a channel is diagonal: N <= 16 numbers that never meet those of another channel. Two lanes share a
+// channel, 8 states each in registers, and walk time; no thread waits for another except to sum. Parallelism comes from
+// channels x units, where a unit is a segment or a piece of a long one. Issue slots of fp32 instructions bind first, then
+// exponentials (ex2, 16 lanes a clock and multiprocessor); loads are a tenth of either. So what counts is how few
+// instructions a state takes, and that registers leave room for three warps a scheduler, each filling the others' waits.
 //
 // Layouts: token tensors are [T, D] or [T, N] with a row stride; states are fp32 [rows, 16, Dp] with Dp = D rounded up
-// to 32 and zeros where N < 16 (a state whose A, B and C are zero stays zero and adds nothing).
+// to whole blocks and zeros where N < 16 (a state whose A, B and C are zero stays zero and adds nothing).
 //
-// In order issue makes latency the enemy: per-token work (step sizes, gates) is done for several tokens at once, without
-// branches, so that the exponentials of one token overlap the sums of another.
+// Time goes in tiles. What is per token and channel (step sizes, gates) is worked out once a tile, four channels a lane,
+// and handed to the walk through shared memory. Sums over states end with one shuffle; sums over channels (dB, dC) are
+// products with ones on the tensor cores.
 //
-// Compiled for one element type (IO as in scalars.cuh), with or without the gate z (GATED) and softplus (SOFTPLUS).
+// Compiled for one element type (IO as in scalars.cuh), with or without the gate z (GATED) and softplus (SOFTPLUS),
+// for 32 * WARPS threads a block.
 
-#define N 16       // states of a channel
-#define LANES 32   // channels of a warp
-#define TILE 32    // tokens between stored states
-#define GROUP 4    // tokens whose loads are in flight together
-#define SUB GROUP  // tokens whose states and decays the backward pass holds in registers
+#define N 16                    // states of a channel
+#define HALF 8                  // of them in one lane
+#define LANES 16                // channels of a warp
+#define CHANNELS (LANES * WARPS)
+#define THREADS (32 * WARPS)
+#define TILE 32                 // tokens between stored states
+#define SUB 4                   // tokens whose exponentials are in registers together
+#define ROWS (TILE / 8)         // tokens of a tile that a lane prepares
 
 // Tokens [begin, begin + length) of one segment. `parent` is the unit before it on its path or -1; `slot` its row in
 // the workspaces of units that have a parent or a child, -1 if it has neither; `checkpoint` its first row of those.
@@ -37,10 +43,11 @@ struct Params {
   float *starts, *ends, *sums;          // [slots, 16, Dp], the same, [slots, Dp]
   float *checkpoints, *finals;          // state before every TILE tokens; after the last token of every segment
   io *y, *d_u, *d_delta, *d_z;          // contiguous [T, D]
-  float* d_BC;                          // [Dp / 32, T, 32]: dB and dC of every warp's channels
+  float4* d_BC;                         // [blocks, T, 8]: dB and dC of every block's channels, in the order of `Sums`
+  io *d_B, *d_C;                        // [T, 16]
   float *d_A, *d_D, *d_bias;            // one row an item: [items, 16, Dp], [items, Dp], [items, Dp]
   float* d_initial;                     // [S, 16, Dp]
-  i64 num_channels, padded_channels, num_states, num_tokens, num_joined;
+  i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined;
 };
 
 // log(1 + exp(x)) as max(x, 0) + log1p(exp(-|x|)); log1p(e) = 2 artanh(e / (2 + e)) by its series, 1e-7 relative.
@@ -65,30 +72,6 @@ __device__ __forceinline__ float step_size_slope(float dt) {
 
 __device__ __forceinline__ float gate(float z) { return GATED ? z * sigmoid(z) : 1.f; }
 
-// One token's row of B or C; a lane holds a token of the tile. Zero beyond the tokens and the states that exist.
-struct alignas(16) Row {
-  io v[N];
-};
-
-__device__ __forceinline__ Row fetch_row(const io* from, bool here, int states) {
-  Row row;
-#if ALIGNED_ROWS
-  if (here) return *(const Row*)from;
-#pragma unroll
-  for (int n = 0; n < N; ++n) row.v[n] = 0;
-#else
-#pragma unroll
-  for (int n = 0; n < N; ++n) row.v[n] = here && n < states ? from[n] : narrow(0.f);
-#endif
-  return row;
-}
-
-__device__ __forceinline__ void put_row(float (&to)[N], const Row& row) {
-#pragma unroll
-  for (int n = 0; n < N; n += 4)
-    *(float4*)(to + n) = make_float4(widen(row.v[n]), widen(row.v[n + 1]), widen(row.v[n + 2]), widen(row.v[n + 3]));
-}
-
 // Row lengths that are known when compiling (STATIC) make addresses free; the host passes the same ones in Params.
 #ifdef STATIC
 #define WIDTH(p) STATIC_WIDTH
@@ -98,132 +81,200 @@ __device__ __forceinline__ void put_row(float (&to)[N], const Row& row) {
 #define STRIDE(p, name) ((int)(p).name##_stride)
 #endif
 
-// Where a lane's channel of a unit begins in each token tensor. Offsets from there fit 32 bits: units are short enough.
-struct Source {
-  const io *delta, *u, *z, *d_out;
-};
-
-__device__ __forceinline__ Source source_of(const Params& p, const Unit& unit, int channel) {
-  return Source{
-      p.delta + (i64)unit.begin * STRIDE(p, delta) + channel, p.u + (i64)unit.begin * STRIDE(p, u) + channel,
-      GATED ? p.z + (i64)unit.begin * STRIDE(p, z) + channel : 0, p.d_out + (i64)unit.begin * STRIDE(p, d_out) + channel};
-}
-
-// What one lane reads of GROUP tokens of its channel, from token `first` of the unit on; zeros outside [0, length).
-struct Inputs {
-  io delta[GROUP], u[GROUP], z[GROUP], d_out[GROUP];
-};
-
-template <bool WITH_DELTA, bool WITH_U, bool WITH_Z, bool WITH_D_OUT>
-__device__ __forceinline__ Inputs load_group(const Params& p, const Source& from, int first, int length, bool exists) {
-  Inputs in;
-  const io zero = narrow(0.f);
-  const io *delta = from.delta + first * STRIDE(p, delta), *u = from.u + first * STRIDE(p, u);
-  const io *z = from.z + first * STRIDE(p, z), *d_out = from.d_out + first * STRIDE(p, d_out);
-#pragma unroll
-  for (int j = 0; j < GROUP; ++j) {
-    const bool here = exists && first + j >= 0 && first + j < length;
-    in.delta[j] = WITH_DELTA && here ? delta[j * STRIDE(p, delta)] : zero;
-    in.u[j] = WITH_U && here ? u[j * STRIDE(p, u)] : zero;
-    in.z[j] = WITH_Z && GATED && here ? z[j * STRIDE(p, z)] : zero;
-    in.d_out[j] = WITH_D_OUT && here ? d_out[j * STRIDE(p, d_out)] : zero;
-  }
-  return in;
-}
-
-struct Quad {
-  float v[4];
-};
-
 __device__ __forceinline__ Quad quad(const float* from) {
   const float4 x = *(const float4*)from;
   return Quad{{x.x, x.y, x.z, x.w}};
+}
+
+__device__ __forceinline__ float4 as_float4(const float* x) { return make_float4(x[0], x[1], x[2], x[3]); }
+
+// The first `exist` (<= 0: none) of four neighbours of a row, in one access where rows are aligned to that; else zeros.
+template <bool ALIGNED>
+__device__ __forceinline__ Four fetch(const io* from, int exist) {
+  Four four = Four{};
+  if (ALIGNED) {
+    if (exist > 0) four = *(const Four*)from;
+    return four;
+  }
+  Quad values = Quad{};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < exist) values.v[i] = widen(from[i]);
+  return narrow(values);
+}
+
+__device__ __forceinline__ void store(io* to, const Quad& values, int exist) {
+  if (ALIGNED_TOKENS) {
+    if (exist > 0) *(Four*)to = narrow(values);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < exist) to[i] = narrow(values.v[i]);
+}
+
+// Which part a lane has. In a walk: one channel, and states 8 * half to 8 * half + 7 of it; the lane with the other half
+// is lane ^ 4. In preparing a tile: tokens row, row + 8, ..., and four channels.
+struct Place {
+  int lane, warp, half, own, channel, row, corner, first_channel;
+};
+
+__device__ __forceinline__ Place place() {
+  Place at;
+  at.lane = threadIdx.x % 32, at.warp = threadIdx.x / 32;
+  at.half = at.lane / 4 % 2, at.own = at.lane % 4 + at.lane / 8 * 4;
+  at.row = at.lane / 4, at.corner = at.lane % 4 * 4;
+  const int first = blockIdx.x * CHANNELS + at.warp * LANES;
+  at.channel = first + at.own, at.first_channel = first + at.corner;
+  return at;
+}
+
+// A tile of one number per token and channel of a warp. The gaps keep the writes of a warp, four channels of eight tokens,
+// in different banks.
+struct Tile {
+  float v[TILE / SUB][LANES * SUB + 12];
+};
+
+// SUB tokens of a lane's own channel.
+__device__ __forceinline__ float* own(Tile& tile, int first, const Place& lane) {
+  return &tile.v[first / SUB][lane.own * SUB + (lane.own & 8)];
+}
+
+// Token row + 8 i and channel c of those that a lane prepares.
+__device__ __forceinline__ float& prepared(Tile& tile, int i, int c, const Place& lane) {
+  return (&tile.v[lane.row / SUB][lane.corner * SUB + (lane.corner & 8) + lane.row % SUB])[i * 2 * (LANES * SUB + 12) + c * SUB];
+}
+
+// B or C of a tile of tokens; the whole block reads them.
+__device__ __forceinline__ void stage_rows(float (&rows)[TILE][N], const io* from, int stride, int count, int states) {
+#pragma unroll
+  for (int k = 0; k < TILE * N / 4 / THREADS; ++k) {
+    const int t = threadIdx.x / 4 + k * THREADS / 4, n = threadIdx.x % 4 * 4;
+    *(float4*)&rows[t][n] = as_float4(widen(fetch<ALIGNED_ROWS>(from + t * stride + n, t < count ? states - n : 0)).v);
+  }
+}
+
+// What a lane prepares of a tile of one token tensor.
+struct Prepared {
+  Four row[ROWS];
+};
+
+template <bool WANTED>
+__device__ __forceinline__ Prepared prepare(const io* from, int stride, const Place& lane, int count, int exist) {
+  Prepared got;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const int t = lane.row + 8 * i;
+    got.row[i] = fetch<ALIGNED_TOKENS>(from + t * stride, WANTED && t < count ? exist : 0);
+  }
+  return got;
+}
+
+// The token tensors at a lane's four channels, from the first token of a unit on. Offsets from there fit 32 bits.
+#define FROM(name) (p.name + (i64)unit.begin * STRIDE(p, name) + lane.first_channel)
+
+__device__ __forceinline__ void load_states(float (&states)[HALF], const float* row, const Place& lane, i64 Dp) {
+#pragma unroll
+  for (int n = 0; n < HALF; ++n) states[n] = row ? row[(lane.half * HALF + n) * Dp + lane.channel] : 0.f;
+}
+
+__device__ __forceinline__ void store_states(float* row, const float (&states)[HALF], const Place& lane, i64 Dp) {
+#pragma unroll
+  for (int n = 0; n < HALF; ++n) row[(lane.half * HALF + n) * Dp + lane.channel] = states[n];
+}
+
+// Two sums over the two lanes of a channel: half 0 is left with that of `first`, half 1 with that of `second`.
+__device__ __forceinline__ float over_halves(float first, float second, int half) {
+  return (half ? second : first) + from_lane_xor(half ? first : second, 4);
 }
 
 // Walk the units of an item forwards. With OUTPUT: y, checkpoints and final states from the known starts. Without: the
 // state that a unit with a child would end in if it started from zero, and the sum of its step sizes.
 template <bool OUTPUT>
 __device__ __forceinline__ void walk_forward(const Params& p) {
-  __shared__ __align__(16) float rows_B[TILE][N], rows_C[TILE][N];
-  const int lane = threadIdx.x, channel = blockIdx.x * LANES + lane;
+  __shared__ __align__(16) float rows_B[TILE][N], rows_C[OUTPUT ? TILE : 1][N];
+  __shared__ __align__(16) Tile tiles_dt[WARPS], tiles_x[WARPS];
+  const Place lane = place();
+  Tile &tile_dt = tiles_dt[lane.warp], &tile_x = tiles_x[lane.warp];
   const i64 Dp = p.padded_channels;
-  const float bias = p.bias ? p.bias[channel] : 0.f, skip = OUTPUT && p.D ? p.D[channel] : 0.f;
-  const bool exists = channel < WIDTH(p);
-  float A[N], h[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) A[n] = p.A[n * Dp + channel];
+  const int exist = WIDTH(p) - lane.first_channel;
+  float A[HALF], h[HALF];
+  load_states(A, p.A, lane, Dp);
   for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
     const Unit unit = p.units[p.item_units[item]];
     const float* start = 0;
     if (OUTPUT) start = unit.slot >= 0 ? p.starts + unit.slot * N * Dp : p.initial ? p.initial + unit.segment * N * Dp : 0;
-#pragma unroll
-    for (int n = 0; n < N; ++n) h[n] = start ? start[n * Dp + channel] : 0.f;
+    load_states(h, start, lane, Dp);
     float sum = 0.f;
-    const io *from_B = p.B + (unit.begin + lane) * p.B_stride, *from_C = p.C + (unit.begin + lane) * p.C_stride;
-    Row next_B = fetch_row(from_B, lane < unit.length, p.num_states), next_C = next_B;
-    if (OUTPUT) next_C = fetch_row(from_C, lane < unit.length, p.num_states);
-    const Source from = source_of(p, unit, channel);
-    Inputs next = load_group<true, true, OUTPUT, false>(p, from, 0, unit.length, exists);
-    float* checkpoint = p.checkpoints + (i64)unit.checkpoint * N * Dp + channel;
-    io* out = p.y + (i64)unit.begin * WIDTH(p) + channel;
+    const io *from_delta = FROM(delta), *from_u = FROM(u), *from_z = OUTPUT && GATED ? FROM(z) : 0;
+    const io *from_B = p.B + unit.begin * p.B_stride, *from_C = p.C + unit.begin * p.C_stride;
     for (int tile = 0; tile < unit.length; tile += TILE) {
-      __syncwarp();
-      put_row(rows_B[lane], next_B);
-      if (OUTPUT) {
-        put_row(rows_C[lane], next_C);
+      const int count = min(TILE, unit.length - tile);
+      const Prepared delta = prepare<true>(from_delta + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
+      const Prepared u = prepare<true>(from_u + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
+      const Prepared z = prepare<OUTPUT && GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
+      const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
+      stage_rows(rows_B, from_B + tile * p.B_stride, (int)p.B_stride, count, p.num_states);
+      if constexpr (OUTPUT) stage_rows(rows_C, from_C + tile * p.C_stride, (int)p.C_stride, count, p.num_states);
+      if (OUTPUT) store_states(p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp, h, lane, Dp);
 #pragma unroll
-        for (int n = 0; n < N; ++n) checkpoint[n * Dp] = h[n];
-        checkpoint += N * Dp;
-      }
-      __syncwarp();
-      const bool more = tile + TILE + lane < unit.length;
-      next_B = fetch_row(from_B + (tile + TILE) * p.B_stride, more, p.num_states);
-      if (OUTPUT) next_C = fetch_row(from_C + (tile + TILE) * p.C_stride, more, p.num_states);
-      const int end = min(TILE, unit.length - tile);
-      for (int first = 0; first < end; first += GROUP) {
-        const Inputs in = next;
-        next = load_group<true, true, OUTPUT, false>(p, from, tile + first + GROUP, unit.length, exists);
-        float dt[GROUP], x[GROUP], y[GROUP];
+      for (int i = 0; i < ROWS; ++i) {
+        const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
 #pragma unroll
-        for (int j = 0; j < GROUP; ++j) {
+        for (int c = 0; c < 4; ++c) {
           // A token that is not there has step size zero: it leaves the state alone.
-          dt[j] = first + j < end ? step_size(widen(in.delta[j]) + bias) : 0.f;
-          x[j] = dt[j] * widen(in.u[j]);
-          sum += dt[j];
+          const float dt = lane.row + 8 * i < count ? step_size(before_bias.v[c] + bias.v[c]) : 0.f;
+          prepared(tile_dt, i, c, lane) = dt;
+          prepared(tile_x, i, c, lane) = dt * inputs.v[c];
         }
+      }
+      __syncthreads();
+      for (int first = 0; first < count; first += SUB) {
+        const Quad dt = quad(own(tile_dt, first, lane)), x = quad(own(tile_x, first, lane));
+        if (!OUTPUT) sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
         // All exponentials first: they take their time, and nothing has to wait for one.
-        float decay[GROUP][N];
+        float decay[SUB][HALF], y[SUB];
 #pragma unroll
-        for (int j = 0; j < GROUP; ++j)
+        for (int i = 0; i < SUB * HALF; ++i) decay[i / HALF][i % HALF] = exp2_fast(dt.v[i / HALF] * A[i % HALF]);
 #pragma unroll
-          for (int n = 0; n < N; ++n) decay[j][n] = exp2_fast(dt[j] * A[n]);
+        for (int j = 0; j < SUB; ++j) {
+          y[j] = 0.f;
 #pragma unroll
-        for (int j = 0; j < GROUP; ++j) {
-          float parts[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-          for (int n = 0; n < N; n += 4) {
-            const Quad B = quad(&rows_B[first + j][n]), C = OUTPUT ? quad(&rows_C[first + j][n]) : B;
+          for (int n = 0; n < HALF; n += 4) {
+            const Quad B = quad(&rows_B[first + j][lane.half * HALF + n]);
+            const Quad C = OUTPUT ? quad(&rows_C[first + j][lane.half * HALF + n]) : B;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              h[n + i] = decay[j][n + i] * h[n + i] + x[j] * B.v[i];
-              if (OUTPUT) parts[i] += C.v[i] * h[n + i];
+              h[n + i] = decay[j][n + i] * h[n + i] + x.v[j] * B.v[i];
+              if (OUTPUT) y[j] += C.v[i] * h[n + i];
             }
           }
-          y[j] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
         }
         if (OUTPUT)
 #pragma unroll
-          for (int j = 0; j < GROUP; ++j) {
-            const float gated = (y[j] + skip * widen(in.u[j])) * gate(widen(in.z[j]));
-            if (exists && first + j < end) out[(tile + first + j) * WIDTH(p)] = narrow(gated);
-          }
+          for (int j = 0; j < SUB; j += 2)  // in the place of x, which both lanes of the channel have read
+            own(tile_x, first, lane)[j + lane.half] = over_halves(y[j], y[j + 1], lane.half);
       }
+      if (OUTPUT) {
+        const Quad skip = p.D ? quad(p.D + lane.first_channel) : Quad{};
+        io* out = p.y + (i64)(unit.begin + tile) * WIDTH(p) + lane.first_channel;
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          const int t = lane.row + 8 * i;
+          const Quad inputs = widen(u.row[i]), gates = widen(z.row[i]);
+          Quad gated;
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            gated.v[c] = (prepared(tile_x, i, c, lane) + skip.v[c] * inputs.v[c]) * gate(gates.v[c]);
+          store(out + t * WIDTH(p), gated, t < count ? exist : 0);
+        }
+      }
+      __syncthreads();
     }
     float* last = OUTPUT ? (unit.is_last ? p.finals + unit.segment * N * Dp : 0) : p.ends + unit.slot * N * Dp;
-    if (last)
-#pragma unroll
-      for (int n = 0; n < N; ++n) last[n * Dp + channel] = h[n];
-    if (!OUTPUT) p.sums[unit.slot * Dp + channel] = sum;
+    if (last) store_states(last, h, lane, Dp);
+    if (!OUTPUT && lane.half == 0) p.sums[unit.slot * Dp + lane.channel] = sum;
   }
 }
 
@@ -263,261 +314,265 @@ extern "C" __global__ void join_backward(const Params p) {
 // Walk units that have a parent backwards from a zero gradient: what reaches the state before their first token.
 __device__ __forceinline__ void walk_tails(const Params& p) {
   __shared__ __align__(16) float rows_C[TILE][N];
-  const int lane = threadIdx.x, channel = blockIdx.x * LANES + lane;
+  __shared__ __align__(16) Tile tiles_dt[WARPS], tiles_dy[WARPS];
+  const Place lane = place();
+  Tile &tile_dt = tiles_dt[lane.warp], &tile_dy = tiles_dy[lane.warp];
   const i64 Dp = p.padded_channels;
-  const float bias = p.bias ? p.bias[channel] : 0.f;
-  const bool exists = channel < WIDTH(p);
-  float A[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) A[n] = p.A[n * Dp + channel];
+  const int exist = WIDTH(p) - lane.first_channel;
+  float A[HALF];
+  load_states(A, p.A, lane, Dp);
   for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
     const Unit unit = p.units[p.item_units[item]];
-    float g[N], sum = 0.f;
-#pragma unroll
-    for (int n = 0; n < N; ++n) g[n] = 0.f;
-    const int last = unit.length ? (unit.length - 1) / TILE * TILE : -TILE;
-    const io* from_C = p.C + (unit.begin + lane) * p.C_stride;
-    Row next_C = fetch_row(from_C + last * p.C_stride, last >= 0 && last + lane < unit.length, p.num_states);
-    const Source from = source_of(p, unit, channel);
-    Inputs next = load_group<true, false, true, true>(p, from, last + TILE - GROUP, unit.length, exists);
-    for (int tile = last; tile >= 0; tile -= TILE) {
-      __syncwarp();
-      put_row(rows_C[lane], next_C);
-      __syncwarp();
-      next_C = fetch_row(from_C + (tile - TILE) * p.C_stride, tile > 0, p.num_states);
-      for (int first = TILE - GROUP; first >= 0; first -= GROUP) {
-        const Inputs in = next;
-        next = load_group<true, false, true, true>(p, from, tile + first - GROUP, unit.length, exists);
-        float dt[GROUP], d_y[GROUP];
-#pragma unroll
-        for (int j = 0; j < GROUP; ++j) {
-          dt[j] = tile + first + j < unit.length ? step_size(widen(in.delta[j]) + bias) : 0.f;
-          d_y[j] = widen(in.d_out[j]) * gate(widen(in.z[j]));
-          sum += dt[j];
-        }
-        float decay[GROUP][N];
-#pragma unroll
-        for (int j = 0; j < GROUP; ++j)
-#pragma unroll
-          for (int n = 0; n < N; ++n) decay[j][n] = exp2_fast(dt[j] * A[n]);
-#pragma unroll
-        for (int j = GROUP - 1; j >= 0; --j) {
-#pragma unroll
-          for (int n = 0; n < N; n += 4) {
-            const Quad C = quad(&rows_C[first + j][n]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) g[n + i] = decay[j][n + i] * (g[n + i] + C.v[i] * d_y[j]);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < N; ++n) p.starts[unit.slot * N * Dp + n * Dp + channel] = g[n];
-    p.sums[unit.slot * Dp + channel] = sum;
-  }
-}
-
-// Sum K values over the two lanes that differ in `mask`; each keeps half of them, chosen by its own bit.
-template <int K>
-__device__ __forceinline__ void halve(float (&values)[K], int mask) {
-  const bool upper = threadIdx.x & mask;
-#pragma unroll
-  for (int i = 0; i < K / 2; ++i) {
-    const float keep = upper ? values[i + K / 2] : values[i], send = upper ? values[i] : values[i + K / 2];
-    values[i] = keep + from_lane_xor(send, mask);
-  }
-}
-
-// Sum over the four lanes that share 4 channels: each lane is left with its own channel's sum.
-__device__ __forceinline__ float over_states(float (&values)[4]) {
-  halve(values, 2);
-  float (&two)[2] = *(float (*)[2])values;
-  halve(two, 1);
-  return two[0];
-}
-
-// The same over lane bits 4 and 3, of four sums over channels; bit 2 is left for the caller.
-__device__ __forceinline__ float over_channels(float (&values)[4]) {
-  halve(values, 16);
-  float (&two)[2] = *(float (*)[2])values;
-  halve(two, 8);
-  return two[0];
-}
-
-// One 4 x 4 block of [16, Dp] states: 4 states of 4 channels.
-__device__ __forceinline__ void load_block(float (&block)[4][4], const float* rows, i64 Dp) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const Quad row = quad(rows + n * Dp);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) block[c][n] = row.v[c];
-  }
-}
-
-__device__ __forceinline__ void store_block(float* rows, const float (&block)[4][4], i64 Dp) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-    *(float4*)(rows + n * Dp) = make_float4(block[0][n], block[1][n], block[2][n], block[3][n]);
-}
-
-// Gradients of everything. A lane owns 4 states of 4 channels for the walk, and one channel for what is per channel, so
-// that a sum over states costs 3 shuffles and one over channels 7 for dB and dC together. A tile is walked forwards once
-// to have a state every SUB tokens, then those SUB tokens again, holding states and decays, then backwards.
-__device__ __forceinline__ void walk_backward(const Params& p) {
-  __shared__ __align__(16) float rows_B[TILE][N], rows_C[TILE][N];
-  __shared__ __align__(16) float tile_dt[TILE][LANES], tile_x[TILE][LANES], tile_dy[TILE][LANES];
-  __shared__ float4 saved[TILE / SUB - 1][4][LANES];
-  const int lane = threadIdx.x, q = lane % 4 * 4, group = lane / 4 * 4;
-  const int channel = blockIdx.x * LANES + lane;
-  const i64 Dp = p.padded_channels;
-  const i64 corner = q * Dp + blockIdx.x * LANES + group;  // of this lane's block in [16, Dp]
-  const float bias = p.bias ? p.bias[channel] : 0.f, skip = p.D ? p.D[channel] : 0.f;
-  const bool exists = channel < WIDTH(p);
-  const bool for_C = lane & 4;  // lanes with bit 2 clear finish dB, the others dC
-  const int column = (for_C ? N : 0) + q + (lane >> 4 & 1) * 2 + (lane >> 3 & 1);
-  float A[4][4], d_A[4][4], d_bias = 0.f, d_D = 0.f;
-  load_block(A, p.A + corner, Dp);
-#pragma unroll
-  for (int i = 0; i < 16; ++i) d_A[i / 4][i % 4] = 0.f;
-  for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
-    const Unit unit = p.units[p.item_units[item]];
-    const Source from = source_of(p, unit, channel);
-    float g[4][4];
-    const float* end = unit.slot >= 0 ? p.ends + unit.slot * N * Dp : p.d_final ? p.d_final + unit.segment * N * Dp : 0;
-    if (end) load_block(g, end + corner, Dp);
-    else
-#pragma unroll
-      for (int i = 0; i < 16; ++i) g[i / 4][i % 4] = 0.f;
+    float g[HALF], sum = 0.f;
+    load_states(g, 0, lane, Dp);
+    const io *from_delta = FROM(delta), *from_z = GATED ? FROM(z) : 0, *from_d_out = FROM(d_out);
     for (int tile = unit.length ? (unit.length - 1) / TILE * TILE : -1; tile >= 0; tile -= TILE) {
       const int count = min(TILE, unit.length - tile);
-      const i64 token = unit.begin + tile;
-      float h[4][4];
-      load_block(h, p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp + corner, Dp);
-      const Row B = fetch_row(p.B + (token + lane) * p.B_stride, lane < count, p.num_states);
-      const Row C = fetch_row(p.C + (token + lane) * p.C_stride, lane < count, p.num_states);
-      Inputs ahead[2];  // a group is done sooner than the next one arrives
+      const Prepared delta = prepare<true>(from_delta + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
+      const Prepared z = prepare<GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
+      const Prepared d_out = prepare<true>(from_d_out + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
+      const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
+      stage_rows(rows_C, p.C + (unit.begin + tile) * p.C_stride, (int)p.C_stride, count, p.num_states);
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
-        ahead[k] = load_group<true, true, true, true>(p, from, tile + k * GROUP, unit.length, exists);
-      __syncwarp();
-      put_row(rows_B[lane], B);
-      put_row(rows_C[lane], C);
-      for (int pair = 0; pair < TILE; pair += 2 * GROUP) {
+      for (int i = 0; i < ROWS; ++i) {
+        const Quad before_bias = widen(delta.row[i]), gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int first = pair + k * GROUP;
-          const Inputs in = ahead[k];
-          ahead[k] = load_group<true, true, true, true>(p, from, tile + first + 2 * GROUP, unit.length, exists);
+        for (int c = 0; c < 4; ++c) {
+          prepared(tile_dt, i, c, lane) = lane.row + 8 * i < count ? step_size(before_bias.v[c] + bias.v[c]) : 0.f;
+          prepared(tile_dy, i, c, lane) = d_outs.v[c] * gate(gates.v[c]);
+        }
+      }
+      __syncthreads();
+      for (int first = (count - 1) / SUB * SUB; first >= 0; first -= SUB) {
+        const Quad dt = quad(own(tile_dt, first, lane)), d_y = quad(own(tile_dy, first, lane));
+        sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
+        float decay[SUB][HALF];
 #pragma unroll
-          for (int j = 0; j < GROUP; ++j) {
-            const float dt = first + j < count ? step_size(widen(in.delta[j]) + bias) : 0.f;
-            tile_dt[first + j][lane] = dt;
-            tile_x[first + j][lane] = dt * widen(in.u[j]);
-            tile_dy[first + j][lane] = widen(in.d_out[j]) * gate(widen(in.z[j]));
+        for (int i = 0; i < SUB * HALF; ++i) decay[i / HALF][i % HALF] = exp2_fast(dt.v[i / HALF] * A[i % HALF]);
+#pragma unroll
+        for (int j = SUB - 1; j >= 0; --j)
+#pragma unroll
+          for (int n = 0; n < HALF; n += 4) {
+            const Quad C = quad(&rows_C[first + j][lane.half * HALF + n]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) g[n + i] = decay[j][n + i] * (g[n + i] + C.v[i] * d_y.v[j]);
+          }
+      }
+      __syncthreads();
+    }
+    store_states(p.starts + unit.slot * N * Dp, g, lane, Dp);
+    if (lane.half == 0) p.sums[unit.slot * Dp + lane.channel] = sum;
+  }
+}
+
+// Sums of eight dB and eight dC over channels. Lanes 4r to 4r + 3 hold four channels with the same states (half r % 2);
+// a product of [16, 8] values with [8, 8] zeros and ones adds each of them over those four lanes, and puts it in a column
+// of its own. Left with a lane: states 2 (lane % 4) and the next of dB, then of dC.
+struct Sums {
+  float v[4];
+};
+
+// Four values a lane, of states n and n + 1: `one` is 1 in the lanes whose row is n, `two` where it is n + 1.
+__device__ __forceinline__ void add(Sums& sums, float d_B, float d_C, float next_d_B, float next_d_C, float one, float two) {
+  mma_tf32(sums.v, d_B, d_C, next_d_B, next_d_C, one, two);
+  if (IO == 0)  // the tensor cores saw 11 bits of each; what they did not see is another 11, and below fp32's own error
+    mma_tf32(sums.v, d_B - tf32(d_B), d_C - tf32(d_C), next_d_B - tf32(next_d_B), next_d_C - tf32(next_d_C), one, two);
+}
+
+// Gradients of everything. A tile is walked forwards once to have a state every SUB tokens, then those SUB tokens again,
+// holding states and decays, then backwards.
+__device__ __forceinline__ void walk_backward(const Params& p) {
+  __shared__ __align__(16) float rows_B[TILE][N], rows_C[TILE][N];
+  __shared__ __align__(16) Tile tiles_dt[WARPS], tiles_x[WARPS], tiles_dy[WARPS];
+  // A warp's states before every SUB tokens; once these are read, dB and dC of the same tokens. The last is for passing
+  // through only.
+  __shared__ float4 all_kept[WARPS][TILE / SUB + 1][64];
+  const Place lane = place();
+  Tile &tile_dt = tiles_dt[lane.warp], &tile_x = tiles_x[lane.warp], &tile_dy = tiles_dy[lane.warp];
+  float4(&kept)[TILE / SUB + 1][64] = all_kept[lane.warp];
+  const i64 Dp = p.padded_channels;
+  const int exist = WIDTH(p) - lane.first_channel;
+  const bool exists = lane.channel < WIDTH(p);
+  float A[HALF], d_A[HALF], picks[HALF], d_bias = 0.f, d_D = 0.f;
+  load_states(A, p.A, lane, Dp);
+  const float skip = p.D ? p.D[lane.channel] : 0.f;
+#pragma unroll
+  for (int n = 0; n < HALF; ++n) d_A[n] = 0.f, picks[n] = lane.lane / 4 == n ? 1.f : 0.f;
+  for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
+    const Unit unit = p.units[p.item_units[item]];
+    float g[HALF];
+    load_states(g, unit.slot >= 0 ? p.ends + unit.slot * N * Dp : p.d_final ? p.d_final + unit.segment * N * Dp : 0, lane, Dp);
+    for (int tile = unit.length ? (unit.length - 1) / TILE * TILE : -1; tile >= 0; tile -= TILE) {
+      const int count = min(TILE, unit.length - tile);
+      float h[HALF];
+      {
+        const Prepared delta = prepare<true>(FROM(delta) + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
+        const Prepared u = prepare<true>(FROM(u) + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
+        const Prepared d_out = prepare<true>(FROM(d_out) + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
+        const Prepared z = prepare<GATED>(GATED ? FROM(z) + tile * STRIDE(p, z) : 0, STRIDE(p, z), lane, count, exist);
+        const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
+        load_states(h, p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp, lane, Dp);
+        stage_rows(rows_B, p.B + (unit.begin + tile) * p.B_stride, (int)p.B_stride, count, p.num_states);
+        stage_rows(rows_C, p.C + (unit.begin + tile) * p.C_stride, (int)p.C_stride, count, p.num_states);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
+          const Quad gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const float dt = lane.row + 8 * i < count ? step_size(before_bias.v[c] + bias.v[c]) : 0.f;
+            prepared(tile_dt, i, c, lane) = dt;
+            prepared(tile_x, i, c, lane) = dt * inputs.v[c];
+            prepared(tile_dy, i, c, lane) = d_outs.v[c] * gate(gates.v[c]);
           }
         }
       }
-      __syncwarp();
+      __syncthreads();
       const int subs = (count + SUB - 1) / SUB;
       for (int sub = 0; sub + 1 < subs; ++sub) {
+        kept[sub][lane.lane] = as_float4(h), kept[sub][32 + lane.lane] = as_float4(h + 4);
+        const Quad dt = quad(own(tile_dt, sub * SUB, lane)), x = quad(own(tile_x, sub * SUB, lane));
 #pragma unroll
-        for (int c = 0; c < 4; ++c) saved[sub][c][lane] = make_float4(h[c][0], h[c][1], h[c][2], h[c][3]);
+        for (int j = 0; j < SUB; ++j)
 #pragma unroll
-        for (int j = 0; j < SUB; ++j) {
-          const int t = sub * SUB + j;
-          const Quad dt = quad(&tile_dt[t][group]), x = quad(&tile_x[t][group]), B = quad(&rows_B[t][q]);
+          for (int n = 0; n < HALF; n += 4) {
+            const Quad B = quad(&rows_B[sub * SUB + j][lane.half * HALF + n]);
 #pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            const int c = i / 4, n = i % 4;
-            h[c][n] = exp2_fast(dt.v[c] * A[c][n]) * h[c][n] + x.v[c] * B.v[n];
+            for (int i = 0; i < 4; ++i) h[n + i] = exp2_fast(dt.v[j] * A[n + i]) * h[n + i] + x.v[j] * B.v[i];
           }
-        }
       }
       for (int sub = subs - 1; sub >= 0; --sub) {
         const int first = sub * SUB;
-        if (sub + 1 < subs)
+        // This lane's tokens for what is per token and channel: first + lane.half and two after that.
+        io u[2], z[2], d_out[2];
+        const int row = unit.begin + tile + first + lane.half;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float4 row = saved[sub][c][lane];
-            h[c][0] = row.x, h[c][1] = row.y, h[c][2] = row.z, h[c][3] = row.w;
-          }
-        float before[SUB][4][4], decay[SUB][4][4], y[SUB], d_BC[SUB], d_x[SUB], d_exponents[SUB];
+        for (int i = 0; i < 2; ++i) {
+          const bool here = exists && first + lane.half + 2 * i < count;
+          u[i] = here ? p.u[(i64)(row + 2 * i) * STRIDE(p, u) + lane.channel] : narrow(0.f);
+          z[i] = GATED && here ? p.z[(i64)(row + 2 * i) * STRIDE(p, z) + lane.channel] : narrow(0.f);
+          d_out[i] = GATED && here ? p.d_out[(i64)(row + 2 * i) * STRIDE(p, d_out) + lane.channel] : narrow(0.f);
+        }
+        if (sub + 1 < subs) {
+          *(float4*)h = kept[sub][lane.lane], *(float4*)(h + 4) = kept[sub][32 + lane.lane];
+        }
+        const Quad dt = quad(own(tile_dt, first, lane)), x = quad(own(tile_x, first, lane));
+        const Quad d_y = quad(own(tile_dy, first, lane));
+        float before[SUB][HALF], decay[SUB][HALF], y[SUB], d_x[SUB], d_exponents[SUB];
 #pragma unroll
         for (int j = 0; j < SUB; ++j) {
-          const int t = first + j;
-          const Quad dt = quad(&tile_dt[t][group]), x = quad(&tile_x[t][group]), d_y = quad(&tile_dy[t][group]);
-          const Quad B = quad(&rows_B[t][q]), C = quad(&rows_C[t][q]);
-          float y_sum[4] = {0.f, 0.f, 0.f, 0.f}, d_C_sum[4] = {0.f, 0.f, 0.f, 0.f};
+          y[j] = 0.f;
 #pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            const int c = i / 4, n = i % 4;
-            before[j][c][n] = h[c][n];
-            const float a = exp2_fast(dt.v[c] * A[c][n]);
-            if (j) decay[j][c][n] = a;  // the first is made again: 16 registers are worth 16 exponentials here
-            h[c][n] = a * h[c][n] + x.v[c] * B.v[n];
-            if (GATED) y_sum[c] += C.v[n] * h[c][n];
-            d_C_sum[n] += d_y.v[c] * h[c][n];
+          for (int n = 0; n < HALF; n += 4) {
+            const Quad B = quad(&rows_B[first + j][lane.half * HALF + n]);
+            const Quad C = GATED ? quad(&rows_C[first + j][lane.half * HALF + n]) : B;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              before[j][n + i] = h[n + i];
+              decay[j][n + i] = exp2_fast(dt.v[j] * A[n + i]);
+              h[n + i] = decay[j][n + i] * h[n + i] + x.v[j] * B.v[i];
+              if (GATED) y[j] += C.v[i] * h[n + i];
+            }
           }
-          y[j] = GATED ? over_states(y_sum) : 0.f;
-          d_BC[j] = over_channels(d_C_sum);
         }
-        Inputs in;  // of this lane's channel, wanted at the end
+        Sums sums[SUB];
 #pragma unroll
         for (int j = SUB - 1; j >= 0; --j) {
-          const int t = first + j;
-          const Quad dt = quad(&tile_dt[t][group]), x = quad(&tile_x[t][group]), d_y = quad(&tile_dy[t][group]);
-          const Quad B = quad(&rows_B[t][q]), C = quad(&rows_C[t][q]);
-          float d_B_sum[4] = {0.f, 0.f, 0.f, 0.f}, d_x_sum[4] = {0.f, 0.f, 0.f, 0.f}, d_dt_sum[4] = {0.f, 0.f, 0.f, 0.f};
+          d_x[j] = d_exponents[j] = 0.f;
+          sums[j] = Sums{};
 #pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            const int c = i / 4, n = i % 4;
-            const float d_h = g[c][n] + C.v[n] * d_y.v[c];
-            d_B_sum[n] += d_h * x.v[c];
-            d_x_sum[c] += d_h * B.v[n];
-            g[c][n] = (j ? decay[j][c][n] : exp2_fast(dt.v[c] * A[c][n])) * d_h;
-            // d/d(dt A) of exp(dt A) h_before is decay * h_before, times d_h.
-            const float d_exponent = g[c][n] * before[j][c][n];
-            d_dt_sum[c] += d_exponent * A[c][n];
-            d_A[c][n] += d_exponent * dt.v[c];
-          }
-          const float d_B = over_channels(d_B_sum), d_C = d_BC[j];
-          d_BC[j] = (for_C ? d_C : d_B) + from_lane_xor(for_C ? d_B : d_C, 4);
-          d_x[j] = over_states(d_x_sum);
-          d_exponents[j] = over_states(d_dt_sum);
-          if (j == SUB - 1) {  // early enough to arrive in time, late enough for registers to be free
-            __syncwarp();
-            in = load_group<false, true, GATED, GATED>(p, from, tile + first, unit.length, exists);
+          for (int n = 0; n < HALF; n += 2) {
+            const float* B = &rows_B[first + j][lane.half * HALF];
+            const float* C = &rows_C[first + j][lane.half * HALF];
+            float d_B[2], d_C[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const float d_h = g[n + i] + C[n + i] * d_y.v[j];
+              d_x[j] += d_h * B[n + i];
+              d_B[i] = d_h * x.v[j];
+              d_C[i] = d_y.v[j] * (j + 1 < SUB ? before[j + 1][n + i] : h[n + i]);
+              g[n + i] = decay[j][n + i] * d_h;
+              // d/d(dt A) of exp(dt A) h_before is decay * h_before, times d_h.
+              const float d_exponent = g[n + i] * before[j][n + i];
+              d_exponents[j] += d_exponent * A[n + i];
+              d_A[n + i] += d_exponent * dt.v[j];
+            }
+            add(sums[j], d_B[0], d_C[0], d_B[1], d_C[1], picks[n], picks[n + 1]);
           }
         }
-        const i64 at = (token + first) * WIDTH(p) + channel;
-        float* to_BC = p.d_BC + (blockIdx.x * p.num_tokens + token + first) * (2 * N) + column;
+        __syncwarp();
 #pragma unroll
-        for (int j = 0; j < SUB; ++j) {
-          const float dt = tile_dt[first + j][lane], d_y = tile_dy[first + j][lane], u = widen(in.u[j]);
+        for (int j = 0; j < SUB; ++j)  // [SUB][4 groups of channels][8], in two places of 64
+          kept[j < 2 ? sub : TILE / SUB][j % 2 * 32 + lane.lane] = as_float4(sums[j].v);
+        __syncwarp();
+        Sums total = Sums{};
+#pragma unroll
+        for (int group = 0; group < 4; ++group) {
+          const float4 part = kept[lane.lane < 16 ? sub : TILE / SUB][lane.lane / 8 % 2 * 32 + group * 8 + lane.lane % 8];
+          total.v[0] += part.x, total.v[1] += part.y, total.v[2] += part.z, total.v[3] += part.w;
+        }
+        __syncwarp();
+        kept[sub][lane.lane] = as_float4(total.v);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int j = 2 * i;
+          const float y_own = GATED ? over_halves(y[j], y[j + 1], lane.half) : 0.f;
+          const float d_x_own = over_halves(d_x[j], d_x[j + 1], lane.half);
+          const float d_exponent = over_halves(d_exponents[j], d_exponents[j + 1], lane.half);
+          const float dt_own = lane.half ? dt.v[j + 1] : dt.v[j], d_y_own = lane.half ? d_y.v[j + 1] : d_y.v[j];
+          const float u_own = widen(u[i]);
           // A is in units of log2(e) here, and x = dt u.
-          const float d_delta = (LN_2 * d_exponents[j] + d_x[j] * u) * step_size_slope(dt);
-          const float z = widen(in.z[j]), s = sigmoid(z);
-          const float d_z = widen(in.d_out[j]) * (y[j] + skip * u) * s * (1.f + z * (1.f - s));
-          const bool here = first + j < count;
+          const float d_delta = (LN_2 * d_exponent + d_x_own * u_own) * step_size_slope(dt_own);
+          const float z_own = widen(z[i]), s = sigmoid(z_own);
+          const float d_z = widen(d_out[i]) * (y_own + skip * u_own) * s * (1.f + z_own * (1.f - s));
+          const bool here = first + lane.half + j < count;
           d_bias += here ? d_delta : 0.f;
-          d_D += d_y * u;
-          if (here) to_BC[j * 2 * N] = d_BC[j];
+          d_D += d_y_own * u_own;
           if (here && exists) {
-            p.d_u[at + j * WIDTH(p)] = narrow(d_x[j] * dt + skip * d_y);
-            p.d_delta[at + j * WIDTH(p)] = narrow(d_delta);
-            if (GATED) p.d_z[at + j * WIDTH(p)] = narrow(d_z);
+            const i64 to = (i64)(row + j) * WIDTH(p) + lane.channel;
+            p.d_u[to] = narrow(d_x_own * dt_own + skip * d_y_own);
+            p.d_delta[to] = narrow(d_delta);
+            if (GATED) p.d_z[to] = narrow(d_z);
           }
         }
       }
+      __syncthreads();
+      float4* to_BC = p.d_BC + (blockIdx.x * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
+#pragma unroll 2
+      for (int sub = lane.warp; sub < subs; sub += WARPS) {
+        Sums total = Sums{};
+#pragma unroll
+        for (int warp = 0; warp < WARPS; ++warp) {
+          const float4 part = all_kept[warp][sub][lane.lane];
+          total.v[0] += part.x, total.v[1] += part.y, total.v[2] += part.z, total.v[3] += part.w;
+        }
+        if (sub * SUB + lane.lane / 8 < count) to_BC[sub * SUB * 8] = as_float4(total.v);
+      }
     }
-    if (p.d_initial && unit.parent < 0) store_block(p.d_initial + unit.segment * N * Dp + corner, g, Dp);
+    if (p.d_initial && unit.parent < 0) store_states(p.d_initial + unit.segment * N * Dp, g, lane, Dp);
   }
-  store_block(p.d_A + blockIdx.y * N * Dp + corner, d_A, Dp);
-  p.d_D[blockIdx.y * Dp + channel] = d_D;
-  p.d_bias[blockIdx.y * Dp + channel] = d_bias;
+  store_states(p.d_A + blockIdx.y * N * Dp, d_A, lane, Dp);
+  d_D += from_lane_xor(d_D, 4), d_bias += from_lane_xor(d_bias, 4);
+  p.d_D[blockIdx.y * Dp + lane.channel] = d_D;
+  p.d_bias[blockIdx.y * Dp + lane.channel] = d_bias;
 }
 
-extern "C" __global__ void __launch_bounds__(32) scan_heads(const Params p) { walk_forward<false>(p); }
-extern "C" __global__ void __launch_bounds__(32) scan_forward(const Params p) { walk_forward<true>(p); }
-extern "C" __global__ void __launch_bounds__(32) scan_tails(const Params p) { walk_tails(p); }
-extern "C" __global__ void __launch_bounds__(32) scan_backward(const Params p) { walk_backward(p); }
+// dB and dC from those of every block, in a fixed order. One thread a (token, float4).
+extern "C" __global__ void sum_BC(const Params p) {
+  const i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x, all = p.num_tokens * 8;
+  if (i >= all) return;
+  Sums total = Sums{};
+#pragma unroll 8
+  for (int block = 0; block < p.num_blocks; ++block) {
+    const float4 part = p.d_BC[block * all + i];
+    total.v[0] += part.x, total.v[1] += part.y, total.v[2] += part.z, total.v[3] += part.w;
+  }
+  const i64 to = i / 8 * N + i % 8 * 2;  // of half i / 4 % 2, states 2 (i % 4) and the next
+#pragma unroll
+  for (int n = 0; n < 2; ++n) p.d_B[to + n] = narrow(total.v[n]), p.d_C[to + n] = narrow(total.v[2 + n]);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) scan_heads(const Params p) { walk_forward<false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) scan_forward(const Params p) { walk_forward<true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) scan_tails(const Params p) { walk_tails(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 12 / WARPS) scan_backward(const Params p) { walk_backward(p); }

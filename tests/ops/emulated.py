@@ -56,6 +56,22 @@ static float from_lane_xor(float x, int mask) {
   wait_for_others();
   return exchanged[side][lane ^ mask];
 }
+static unsigned __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
+static float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+static float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+static void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  static float posted[2][1024][6];
+  const unsigned lane = threadIdx.x, side = turns[lane] & 1, warp = lane / 32 * 32, g = lane % 32 / 4, k = lane % 4;
+  const float mine[6] = {tf32(a0), tf32(a1), tf32(a2), tf32(a3), tf32(b0), tf32(b1)};
+  memcpy(posted[side][lane], mine, sizeof mine);
+  wait_for_others();
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned c = 0; c < 8; ++c) {  // row g + 8 (i / 2) of a, column 2 k + i % 2 of b
+      const float* row = posted[side][warp + g * 4 + c % 4];
+      const float* column = posted[side][warp + (2 * k + i % 2) * 4 + c % 4];
+      d[i] += row[i / 2 + c / 4 * 2] * column[4 + c / 4];
+    }
+}
 
 typedef unsigned short half_bits;
 static float exp2_fast(float x) { return exp2f(x); }
@@ -65,6 +81,7 @@ static half_bits to_bf16(float x) {
   uint32_t y; memcpy(&y, &x, 4);
   return std::isnan(x) ? 0x7fc0 : (y + 0x7fff + (y >> 16 & 1)) >> 16;
 }
+static unsigned two_to_bf16(float low, float high) { return to_bf16(low) | (unsigned)to_bf16(high) << 16; }
 static float from_fp16(half_bits x) { _Float16 y; memcpy(&y, &x, 2); return y; }
 static half_bits to_fp16(float x) { _Float16 y = x; half_bits z; memcpy(&z, &y, 2); return z; }
 """
