@@ -1,198 +1,159 @@
 """Forward + backward of whole models on a GPU, no optimizer: ours, mamba-ssm's own, and a Transformer of the same size.
 
-    python benchmarks/train_step.py --only 130m       # or 2.8b, or long; all by default
+    python benchmarks/train_step.py --only 130m       # groups as printed by --help; all by default
 
 Random weights and tokens, every token a target. The Transformer is transformers' GPT-NeoX in Pythia's shapes with
 PyTorch's flash attention and the same chunked head as ours. Correctness first: the loss of ours and of mamba-ssm's
-model on the same weights and tokens must agree.
+model on the same weights and tokens must agree. Then all take turns in one run.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import models
+import numpy as np
 import torch
-import torch.nn.functional as F
-import transformers
-from common import arguments, compete, environment, write
+from common import DEVICE, arguments, compete, free_memory, parse, write
 
-from mambalign.models.mamba import MambaForCausalLM
-from mambalign.ops import Segments, token_logps
+from mambalign.data.batches import collate_sequences
 
-VOCABULARY = 50280
-MAMBA = {"130m": (768, 24), "790m": (1536, 48), "2.8b": (2560, 64)}
-NEOX = {"130m": (768, 12, 12), "790m": (1536, 24, 16), "2.8b": (2560, 32, 32)}
-# (group, size, rows, length, weights, recomputation of blocks)
+EVERYONE = ("ours", "mamba-ssm", "transformer")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table; `seconds`: what it takes on an H200, models' making included."""
+
+    group: str
+    size: str
+    rows: int
+    length: int
+    weights: str
+    seconds: int
+    recompute: bool = False
+    who: tuple[str, ...] = EVERYONE
+
+
 CASES = [
-    ("130m", "130m", 16, 2048, "fp32 + autocast", False),
-    ("130m", "130m", 16, 2048, "bf16", False),
-    ("2.8b", "2.8b", 4, 2048, "bf16", False),
-    ("2.8b", "2.8b", 4, 2048, "fp32 + autocast", True),
-    ("long", "130m", 4, 8192, "bf16", False),
-    ("long", "130m", 1, 32768, "bf16", False),
-    ("long", "130m", 1, 131072, "bf16", True),
+    Case("130m", "130m", 16, 2048, "fp32 + autocast", 10),
+    Case("130m", "130m", 16, 2048, "bf16", 8),
+    Case("790m", "790m", 8, 2048, "bf16", 10),
+    Case("2.8b", "2.8b", 4, 2048, "bf16", 15),
+    Case("2.8b", "2.8b", 4, 2048, "fp32 + autocast", 18, recompute=True),
+    Case("130m-long", "130m", 4, 8192, "bf16", 8),
+    Case("130m-long", "130m", 1, 32768, "bf16", 8),
+    Case("130m-long", "130m", 1, 131072, "bf16", 5, who=("ours",)),
+    Case("130m-long", "130m", 1, 131072, "bf16", 28, recompute=True),
+    Case("2.8b-long", "2.8b", 1, 8192, "bf16", 15),
+    Case("2.8b-long", "2.8b", 1, 32768, "bf16", 40, recompute=True),
+]
+TINY = [
+    Case("tiny", "tiny", 2, 64, "fp32 + autocast", 0),
+    Case("tiny", "tiny", 1, 128, "bf16", 0, recompute=True),
 ]
 
 
-def ours(size: str, weights: str, recompute: bool) -> Any:
-    width, layers = MAMBA[size]
-    config = transformers.MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, use_cache=False, pad_token_id=0
-    )
-    with torch.device("cuda"):
-        model = MambaForCausalLM(config)
-    return _prepared(model, weights, recompute)
+def contestants(case: Case, ids: torch.Tensor) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, float]]:
+    """(who -> one step, who -> GiB of weights) of those that the case names and that are installed."""
+    made: dict[str, Any] = {}
+    steps: dict[str, Callable[[], torch.Tensor]] = {}
+    if "ours" in case.who:
+        model = made["ours"] = models.ours(case.size, case.weights, case.recompute)
+        rows = ids.cpu().numpy()
+        examples = [{"input_ids": row, "loss_mask": np.ones_like(row), "index": 0} for row in rows]
+        batch = collate_sequences(examples).to(DEVICE)
+        steps["ours"] = models.step(model, case.weights, lambda: models.packed_loss(model, batch))
+    if "mamba-ssm" in case.who and (peer := models.mamba_ssm(made["ours"], case.weights, case.recompute)) is not None:
+        made["mamba-ssm"] = peer
+        steps["mamba-ssm"] = models.step(peer, case.weights, lambda: models.padded_loss(peer, ids, ids))
+    if "transformer" in case.who:
+        neox = made["transformer"] = models.transformer(case.size, case.weights, case.recompute, case.length)
+        steps["transformer"] = models.step(neox, case.weights, lambda: models.transformer_loss(neox, ids))
+    return steps, {name: models.gib(model) for name, model in made.items()}
 
 
-def transformer(size: str, weights: str, recompute: bool, length: int) -> Any:
-    width, layers, heads = NEOX[size]
-    config = transformers.GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * width, max_position_embeddings=length, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = transformers.GPTNeoXForCausalLM(config)
-    return _prepared(model, weights, recompute)
-
-
-def _prepared(model: Any, weights: str, recompute: bool) -> Any:
-    if weights == "bf16":
-        model = model.to(torch.bfloat16)
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
-
-
-def mamba_ssm(like: Any, size: str, weights: str) -> Any:
-    """mamba-ssm's model with the weights of ours; None where it is not installed."""
-    try:
-        from mamba_ssm.models.config_mamba import MambaConfig
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-    except ImportError:
-        return None
-    width, layers = MAMBA[size]
-    config = MambaConfig(d_model=width, n_layer=layers, vocab_size=VOCABULARY, pad_vocab_size_multiple=8)
-    dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    model = MambaLMHeadModel(config, device="cuda", dtype=dtype)
-    state = {
-        name.replace("backbone.embeddings", "backbone.embedding"): value for name, value in like.state_dict().items()
-    }
-    model.load_state_dict(state)
-    return model.train()
-
-
-def packed_step(model: Any, ids: torch.Tensor, autocast: bool) -> Callable[[], torch.Tensor]:
-    """One flat row of equal segments, every token but the first of each a target, as training does it."""
-    rows, length = ids.shape
-    segments = Segments.from_lengths([length] * rows)
-    flat = ids.flatten()
-    positions = (torch.arange(rows)[:, None] * length + torch.arange(length - 1)).flatten().cuda()
-
-    def run() -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            logps = model(
-                flat[None],
-                segments=segments,
-                target_positions=positions,
-                target_ids=flat[positions + 1],
-                use_cache=False,
-            ).logps
-        return _finish(model, -logps.mean())
-
-    return run
-
-
-def padded_step(model: Any, ids: torch.Tensor, autocast: bool) -> Callable[[], torch.Tensor]:
-    """Logits and plain cross-entropy, as mamba-ssm's users train."""
-
-    def run() -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            logits = model(ids).logits
-        return _finish(model, F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
-
-    return run
-
-
-def transformer_step(model: Any, ids: torch.Tensor, autocast: bool) -> Callable[[], torch.Tensor]:
-    def run() -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            hidden = model.gpt_neox(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            logps = token_logps(hidden, model.embed_out.weight, ids[:, 1:].flatten())
-        return _finish(model, -logps.mean())
-
-    return run
-
-
-def _finish(model: Any, loss: torch.Tensor) -> torch.Tensor:
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return loss.detach()
-
-
-def measure(case: tuple[Any, ...], repeats: int, who: set[str]) -> list[dict[str, Any]]:
-    _, size, rows, length, weights, recompute = case
+def measure(case: Case, repeats: int, seconds: float) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    ids = torch.randint(VOCABULARY, (rows, length), device="cuda")
-    autocast = weights != "bf16"
-    results: dict[str, dict[str, float]] = {}
+    ids = torch.randint(models.VOCABULARY[case.size], (case.rows, case.length), device=DEVICE)
+    steps, weights = contestants(case, ids)
     losses: dict[str, float] = {}
-
-    def one(name: str, run: Callable[[], torch.Tensor]) -> None:
-        torch.cuda.empty_cache()
+    for name, run in list(steps.items()):
         try:
             losses[name] = float(run())
         except torch.OutOfMemoryError:
-            print(f"{name}: out of memory", flush=True)
-            return
-        results.update(compete({name: run}, repeats))
-
-    model = ours(size, weights, recompute)
-    held = torch.cuda.memory_allocated() / 2**30
-    one("ours", packed_step(model, ids, autocast))
-    if "mamba-ssm" in who and not recompute and (peer := mamba_ssm(model, size, weights)) is not None:
-        one("mamba-ssm", padded_step(peer, ids, autocast))
-        del peer
-    del model
-    gc.collect()
-    if "transformer" in who:
-        model = transformer(size, weights, recompute, length)
-        one("transformer", transformer_step(model, ids, autocast))
-        del model
-    gc.collect()
-    if "mamba-ssm" in losses and not abs(losses["ours"] - losses["mamba-ssm"]) < 2e-2 * losses["mamba-ssm"]:
-        raise SystemExit(f"the losses differ: {losses}")
-    made = []
+            del steps[name]
+        if name not in steps:
+            print(f"{case.size} {case.rows} x {case.length:,}: {name} has not enough memory", flush=True)
+            free_memory()
+    if {"ours", "mamba-ssm"} <= losses.keys() and not abs(losses["ours"] / losses["mamba-ssm"] - 1) < 2e-2:
+        raise SystemExit(f"the losses differ: {losses}: no numbers")
+    results = compete(steps, repeats, warmup=1, seconds=seconds)
+    rows = []
+    facts = {k: v for k, v in asdict(case).items() if k not in ("group", "who", "seconds")}
     for name, result in results.items():
-        row = {"size": size, "rows": rows, "length": length, "weights": weights, "recompute": recompute, "who": name}
-        row |= {
-            "tokens_per_second": rows * length / result["ms"] * 1e3,
-            "activations_gib": result["gib"],
-            "weights_gib": held,
-        }
-        made.append(row)
-        ratio = results["mamba-ssm"]["ms"] / result["ms"] if name == "ours" and "mamba-ssm" in results else None
-        print(
-            f"{size:>5} {rows:>3} x {length:>7,} {weights:>15}{' recomputed' if recompute else '':11} {name:>12}: "
-            f"{row['tokens_per_second']:>10,.0f} tok/s, {held + result['gib']:6.1f} GiB, loss {losses[name]:.4f}"
-            + (f", {ratio:.2f}x mamba-ssm" if ratio else ""),
-            flush=True,
-        )
-    return made
+        speed = case.rows * case.length / result["ms"] * 1e3
+        row = {**facts, "who": name, "ms": result["ms"], "tokens_per_second": speed}
+        rows.append(row | {"peak_gib": weights[name] + result["gib"], "weights_gib": weights[name]})
+    for row in rows:
+        _show(row, losses[row["who"]], rows)
+    return rows
 
 
-def main() -> None:
-    parser = arguments(__doc__ or "", "train_step")
-    parser.add_argument("--only", nargs="*", default=["130m", "2.8b", "long"], help="groups of cases")
-    parser.add_argument("--who", nargs="*", default=["mamba-ssm", "transformer"], help="whom to measure beside ours")
-    options = parser.parse_args()
-    print(" | ".join(f"{k} {v}" for k, v in environment().items()))
-    rows: list[dict[str, Any]] = []
+def _show(row: dict[str, Any], loss: float, beside: list[dict[str, Any]]) -> None:
+    """One line; what is ours also as a multiple of the others."""
+    others = [other for other in beside if row["who"] == "ours" and other["who"] != "ours"]
+    ratios = "".join(
+        f", {row['tokens_per_second'] / other['tokens_per_second']:.2f}x {other['who']}"
+        f" with {row['peak_gib'] / other['peak_gib']:.2f} of its memory"
+        for other in others
+    )
+    print(
+        f"{row['size']:>5} {row['rows']:>3} x {row['length']:>7,} {row['weights']:>15}"
+        f"{' recomputed' if row['recompute'] else '':11} {row['who']:>12}: {row['tokens_per_second']:>10,.0f} tok/s, "
+        f"{row['peak_gib']:6.1f} GiB, loss {loss:.4f}{ratios}",
+        flush=True,
+    )
+
+
+def _show_growth(rows: list[dict[str, Any]]) -> None:
+    """Time per token at 131,072 tokens over that at 2,048: 1 if linear in the length."""
+    speed = {
+        (row["length"], row["recompute"]): row["tokens_per_second"]
+        for row in rows
+        if (row["size"], row["weights"], row["who"]) == ("130m", "bf16", "ours")
+    }
+    for long in ((131072, False), (131072, True)):
+        if long in speed and (2048, False) in speed:
+            how = "recomputed" if long[1] else "not recomputed"
+            print(f"ours, time per token at 131,072 ({how}) over 2,048: {speed[2048, False] / speed[long]:.2f}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    seconds: dict[str, int] = {}
     for case in CASES:
-        if case[0] in options.only:
-            rows += measure(case, options.repeats, set(options.who))
-    write(options.json, rows)
+        seconds[case.group] = seconds.get(case.group, 0) + case.seconds
+    estimates = ", ".join(f"{group} ({spent} s)" for group, spent in seconds.items())
+    parser = arguments(__doc__ or "", "train_step", repeats=7)
+    parser.add_argument("--only", nargs="*", choices=list(seconds), help=f"groups, seconds on an H200: {estimates}")
+    parser.add_argument("--who", nargs="*", default=list(EVERYONE[1:]), help="whom to measure beside ours")
+    parser.add_argument("--seconds", type=float, default=6.0, help="no new turn of a case after so long, from 3 on")
+    options = parse(parser, argv)
+    wanted = options.only or list(seconds)
+    cases = TINY if options.tiny else [case for case in CASES if case.group in wanted]
+    print(f"groups: {estimates}; here {sum(case.seconds for case in cases)} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        began = time.monotonic()
+        who = tuple(name for name in case.who if name == "ours" or name in options.who)
+        rows += measure(replace(case, who=who), options.repeats, options.seconds)
+        print(f"{'':44}{time.monotonic() - began:.0f} s of {case.seconds} expected", flush=True)
+        free_memory()
+    _show_growth(rows)
+    write("train_step", options.json, rows)
 
 
 if __name__ == "__main__":
