@@ -111,13 +111,14 @@ def check(model: Any, peer: Any, weights: str, examples: Sequence[Example]) -> N
             ]
         )
     sums = [sequence_sums(logps.float(), batch.target_sequence, len(examples))[0] for logps in (ours, theirs)]
-    worst, tokens = largest_difference(*sums), relative_error(ours, theirs)
+    mean = theirs.mean()  # all are near -log V: what is to agree is how they differ
+    worst, tokens = largest_difference(*sums), relative_error(ours - mean, theirs - mean)
     print(
         f"{len(examples)} conversations, ours packed against mamba-ssm padded: losses of conversations differ by at "
-        f"most {worst:.1e}, log-probs of tokens by {tokens:.1e} in norm",
+        f"most {worst:.1e}, log-probs of tokens by {tokens:.1e} of their spread",
         flush=True,
     )
-    if not (worst < 2e-2 and tokens < 5e-2):
+    if not (worst < 2e-2 and tokens < 0.2):
         raise SystemExit("they differ by more than rounding: no numbers")
 
 

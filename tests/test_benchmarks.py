@@ -70,7 +70,9 @@ class MambaLMHeadModel(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Any:
         logits = self.lm_head(self.backbone(input_ids))
-        return namedtuple("CausalLMOutput", ["logits"])(logits=logits + self.error * torch.arange(logits.shape[-1]))
+        return namedtuple("CausalLMOutput", ["logits"])(
+            logits=logits + self.error * torch.arange(logits.shape[-1]).to(logits)
+        )
 
 
 def packed(x: Tensor) -> Tensor:
