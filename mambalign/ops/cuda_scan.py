@@ -37,7 +37,7 @@ SOURCE = Path(__file__).with_name("selective_scan.cu")
 STATES, LANES, TILE = 16, 16, 32
 WARPS = 2  # of a block: they share B and C, and add up dB and dC
 # Blocks that a multiprocessor holds, by registers and shared memory.
-FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 6
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 10, 6
 ENOUGH = 4  # blocks for each multiprocessor: cutting segments for more costs more than it brings
 SHORTEST_PIECE = 256  # tokens: cutting costs a second walk over what is cut
 LONGEST_PIECE = 1 << 15  # tokens: the kernels' offsets within a unit are 32 bits wide
@@ -81,8 +81,8 @@ def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> i
     """Tokens; as long as the device allows, since cutting costs a second walk over what is cut."""
     longest = int(segments.cu_seqlens.diff().max()) if segments.num_segments else 0
     if longest and segments.num_tokens // longest * blocks < enough:
-        rows = max(1, held // blocks)  # these run at the same time, and no other has to wait for them to finish
-        longest = max(SHORTEST_PIECE, -(-segments.num_tokens // rows))
+        # As many rows as fill the device twice, so that what is left over by whole rows weighs less.
+        longest = max(SHORTEST_PIECE, -(-segments.num_tokens // max(1, 2 * held // blocks)))
     return min(_up(longest, TILE), LONGEST_PIECE)
 
 

@@ -16,15 +16,18 @@ __device__ __forceinline__ float from_fp16(half_bits x) { float y; asm("cvt.f32.
 __device__ __forceinline__ half_bits to_fp16(float x) { half_bits y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-// d += a b for a [16, 8] and b [8, 8], both rounded towards zero to 11 bits, the sum in fp32. Of lane 4 g + k: a0 = a[g, k],
-// a1 = a[g + 8, k], a2 = a[g, k + 4], a3 = a[g + 8, k + 4]; b0 = b[k, g], b1 = b[k + 4, g]; d = d[g, 2k], d[g, 2k + 1] and
-// the same of row g + 8.
-__device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+// d = a b + c for a [16, 8] and b [8, 8], both rounded towards zero to 11 bits, the sum in fp32. Of lane 4 g + k:
+// a0 = a[g, k], a1 = a[g + 8, k], a2 = a[g, k + 4], a3 = a[g + 8, k + 4]; b0 = b[k, g], b1 = b[k + 4, g]; d = d[g, 2k],
+// d[g, 2k + 1] and the same of row g + 8.
+__device__ __forceinline__ float4 mma_tf32(float a0, float a1, float a2, float a3, float b0, float b1, float4 c) {
+  float4 d;
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w)
       : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
+  return d;
 }
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 __device__ __forceinline__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 #endif
 

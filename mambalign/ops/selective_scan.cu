@@ -43,7 +43,7 @@ struct Params {
   float *starts, *ends, *sums;          // [slots, 16, Dp], the same, [slots, Dp]
   float *checkpoints, *finals;          // state before every TILE tokens; after the last token of every segment
   io *y, *d_u, *d_delta, *d_z;          // contiguous [T, D]
-  float4* d_BC;                         // [blocks, T, 8]: dB and dC of every block's channels, in the order of `Sums`
+  float4* d_BC;                         // [blocks, T, 8]: dB and dC of every block's channels, in the order of `add`
   io *d_B, *d_C;                        // [T, 16]
   float *d_A, *d_D, *d_bias;            // one row an item: [items, 16, Dp], [items, Dp], [items, Dp]
   float* d_initial;                     // [S, 16, Dp]
@@ -63,11 +63,15 @@ __device__ __forceinline__ float step_size(float x) {
   return fmaxf(x, 0.f) + 2.f * (s + s * s2 * series);
 }
 
-// The derivative of softplus where its value is dt: 1 - exp(-dt), without cancellation for small steps.
+// The derivative of softplus where its value is dt: 1 - exp(-dt), by its series for small steps, where that would cancel.
 __device__ __forceinline__ float step_size_slope(float dt) {
   if (!SOFTPLUS) return 1.f;
+#if IO == 0
   const float small = dt * (1.f - dt * (0.5f - dt * (1.f / 6.f - dt * (1.f / 24.f - dt * (1.f / 120.f)))));
   return dt < 0.1f ? small : 1.f - exp_fast(-dt);
+#else  // to 1e-5, which 16 bits cannot tell
+  return dt < 0.03f ? dt * (1.f - dt * (0.5f - dt * (1.f / 6.f))) : 1.f - exp_fast(-dt);
+#endif
 }
 
 __device__ __forceinline__ float gate(float z) { return GATED ? z * sigmoid(z) : 1.f; }
@@ -170,6 +174,15 @@ __device__ __forceinline__ Prepared prepare(const io* from, int stride, const Pl
   return got;
 }
 
+// 1 for the i-th token that a lane prepares, 0 if it is not there: it then has step size zero and leaves the state alone.
+// A factor, since a choice would become a branch around every step size.
+__device__ __forceinline__ float here(int i, int count, const Place& lane) { return lane.row + 8 * i < count ? 1.f : 0.f; }
+
+// A warp's part of a tile that is wanted next, on its way from memory to the cache: a token a lane.
+__device__ __forceinline__ void prefetch_tile(const io* from, int stride, const Place& lane, int count, int exist) {
+  if (lane.lane < count && exist + lane.corner > 0) prefetch(from + lane.lane * stride - lane.corner);
+}
+
 // The token tensors at a lane's four channels, from the first token of a unit on. Offsets from there fit 32 bits.
 #define FROM(name) (p.name + (i64)unit.begin * STRIDE(p, name) + lane.first_channel)
 
@@ -220,15 +233,19 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
+        const float present = here(i, count, lane);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          // A token that is not there has step size zero: it leaves the state alone.
-          const float dt = lane.row + 8 * i < count ? step_size(before_bias.v[c] + bias.v[c]) : 0.f;
+          const float dt = present * step_size(before_bias.v[c] + bias.v[c]);
           prepared(tile_dt, i, c, lane) = dt;
           prepared(tile_x, i, c, lane) = dt * inputs.v[c];
         }
       }
       __syncthreads();
+      const int next = tile + TILE, left = unit.length - next;
+      prefetch_tile(from_delta + next * STRIDE(p, delta), STRIDE(p, delta), lane, left, exist);
+      prefetch_tile(from_u + next * STRIDE(p, u), STRIDE(p, u), lane, left, exist);
+      if (OUTPUT && GATED) prefetch_tile(from_z + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
       for (int first = 0; first < count; first += SUB) {
         const Quad dt = quad(own(tile_dt, first, lane)), x = quad(own(tile_x, first, lane));
         if (!OUTPUT) sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
@@ -336,13 +353,18 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         const Quad before_bias = widen(delta.row[i]), gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
+        const float present = here(i, count, lane);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          prepared(tile_dt, i, c, lane) = lane.row + 8 * i < count ? step_size(before_bias.v[c] + bias.v[c]) : 0.f;
+          prepared(tile_dt, i, c, lane) = present * step_size(before_bias.v[c] + bias.v[c]);
           prepared(tile_dy, i, c, lane) = d_outs.v[c] * gate(gates.v[c]);
         }
       }
       __syncthreads();
+      const int next = tile - TILE, left = tile;
+      prefetch_tile(from_delta + next * STRIDE(p, delta), STRIDE(p, delta), lane, left, exist);
+      prefetch_tile(from_d_out + next * STRIDE(p, d_out), STRIDE(p, d_out), lane, left, exist);
+      if (GATED) prefetch_tile(from_z + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
       for (int first = (count - 1) / SUB * SUB; first >= 0; first -= SUB) {
         const Quad dt = quad(own(tile_dt, first, lane)), d_y = quad(own(tile_dy, first, lane));
         sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
@@ -368,15 +390,16 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
 // Sums of eight dB and eight dC over channels. Lanes 4r to 4r + 3 hold four channels with the same states (half r % 2);
 // a product of [16, 8] values with [8, 8] zeros and ones adds each of them over those four lanes, and puts it in a column
 // of its own. Left with a lane: states 2 (lane % 4) and the next of dB, then of dC.
-struct Sums {
-  float v[4];
-};
+//
+// Adds four values a lane, of states n and n + 1: `one` is 1 in the lanes whose row is n, `two` where it is n + 1.
+__device__ __forceinline__ float4 add(float4 sums, float d_B, float d_C, float next_d_B, float next_d_C, float one, float two) {
+  if (IO == 0)  // the tensor cores see 11 bits of each; the rest of them first
+    sums = mma_tf32(d_B - tf32(d_B), d_C - tf32(d_C), next_d_B - tf32(next_d_B), next_d_C - tf32(next_d_C), one, two, sums);
+  return mma_tf32(d_B, d_C, next_d_B, next_d_C, one, two, sums);
+}
 
-// Four values a lane, of states n and n + 1: `one` is 1 in the lanes whose row is n, `two` where it is n + 1.
-__device__ __forceinline__ void add(Sums& sums, float d_B, float d_C, float next_d_B, float next_d_C, float one, float two) {
-  mma_tf32(sums.v, d_B, d_C, next_d_B, next_d_C, one, two);
-  if (IO == 0)  // the tensor cores saw 11 bits of each; what they did not see is another 11, and below fp32's own error
-    mma_tf32(sums.v, d_B - tf32(d_B), d_C - tf32(d_C), next_d_B - tf32(next_d_B), next_d_C - tf32(next_d_C), one, two);
+__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
 // Gradients of everything. A tile is walked forwards once to have a state every SUB tokens, then those SUB tokens again,
@@ -418,9 +441,10 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         for (int i = 0; i < ROWS; ++i) {
           const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
           const Quad gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
+          const float present = here(i, count, lane);
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            const float dt = lane.row + 8 * i < count ? step_size(before_bias.v[c] + bias.v[c]) : 0.f;
+            const float dt = present * step_size(before_bias.v[c] + bias.v[c]);
             prepared(tile_dt, i, c, lane) = dt;
             prepared(tile_x, i, c, lane) = dt * inputs.v[c];
             prepared(tile_dy, i, c, lane) = d_outs.v[c] * gate(gates.v[c]);
@@ -428,6 +452,12 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         }
       }
       __syncthreads();
+      const int next = tile - TILE, left = tile;
+      prefetch_tile(FROM(delta) + next * STRIDE(p, delta), STRIDE(p, delta), lane, left, exist);
+      prefetch_tile(FROM(u) + next * STRIDE(p, u), STRIDE(p, u), lane, left, exist);
+      prefetch_tile(FROM(d_out) + next * STRIDE(p, d_out), STRIDE(p, d_out), lane, left, exist);
+      if (GATED) prefetch_tile(FROM(z) + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
+      if (tile) prefetch(p.checkpoints + ((i64)(unit.checkpoint + tile / TILE - 1) * N + lane.lane / 2) * Dp + lane.channel - lane.own);
       const int subs = (count + SUB - 1) / SUB;
       for (int sub = 0; sub + 1 < subs; ++sub) {
         kept[sub][lane.lane] = as_float4(h), kept[sub][32 + lane.lane] = as_float4(h + 4);
@@ -443,16 +473,6 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       }
       for (int sub = subs - 1; sub >= 0; --sub) {
         const int first = sub * SUB;
-        // This lane's tokens for what is per token and channel: first + lane.half and two after that.
-        io u[2], z[2], d_out[2];
-        const int row = unit.begin + tile + first + lane.half;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const bool here = exists && first + lane.half + 2 * i < count;
-          u[i] = here ? p.u[(i64)(row + 2 * i) * STRIDE(p, u) + lane.channel] : narrow(0.f);
-          z[i] = GATED && here ? p.z[(i64)(row + 2 * i) * STRIDE(p, z) + lane.channel] : narrow(0.f);
-          d_out[i] = GATED && here ? p.d_out[(i64)(row + 2 * i) * STRIDE(p, d_out) + lane.channel] : narrow(0.f);
-        }
         if (sub + 1 < subs) {
           *(float4*)h = kept[sub][lane.lane], *(float4*)(h + 4) = kept[sub][32 + lane.lane];
         }
@@ -475,11 +495,24 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
             }
           }
         }
-        Sums sums[SUB];
+        // This lane's tokens for what is per token and channel: first + lane.half and two after that.
+        const int row = unit.begin + tile + first + lane.half;
+        io u[2], z[2], d_out[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool there = exists && first + lane.half + 2 * i < count;
+          u[i] = there ? p.u[(i64)(row + 2 * i) * STRIDE(p, u) + lane.channel] : narrow(0.f);
+          z[i] = GATED && there ? p.z[(i64)(row + 2 * i) * STRIDE(p, z) + lane.channel] : narrow(0.f);
+          d_out[i] = GATED && there ? p.d_out[(i64)(row + 2 * i) * STRIDE(p, d_out) + lane.channel] : narrow(0.f);
+        }
+        float y_own[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) y_own[i] = GATED ? over_halves(y[2 * i], y[2 * i + 1], lane.half) : 0.f;
+        float4 sums[SUB];
 #pragma unroll
         for (int j = SUB - 1; j >= 0; --j) {
           d_x[j] = d_exponents[j] = 0.f;
-          sums[j] = Sums{};
+          sums[j] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
           for (int n = 0; n < HALF; n += 2) {
             const float* B = &rows_B[first + j][lane.half * HALF];
@@ -497,26 +530,21 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
               d_exponents[j] += d_exponent * A[n + i];
               d_A[n + i] += d_exponent * dt.v[j];
             }
-            add(sums[j], d_B[0], d_C[0], d_B[1], d_C[1], picks[n], picks[n + 1]);
+            sums[j] = add(sums[j], d_B[0], d_C[0], d_B[1], d_C[1], picks[n], picks[n + 1]);
           }
         }
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < SUB; ++j)  // [SUB][4 groups of channels][8], in two places of 64
-          kept[j < 2 ? sub : TILE / SUB][j % 2 * 32 + lane.lane] = as_float4(sums[j].v);
+          kept[j < 2 ? sub : TILE / SUB][j % 2 * 32 + lane.lane] = sums[j];
         __syncwarp();
-        Sums total = Sums{};
-#pragma unroll
-        for (int group = 0; group < 4; ++group) {
-          const float4 part = kept[lane.lane < 16 ? sub : TILE / SUB][lane.lane / 8 % 2 * 32 + group * 8 + lane.lane % 8];
-          total.v[0] += part.x, total.v[1] += part.y, total.v[2] += part.z, total.v[3] += part.w;
-        }
+        const float4* parts = &kept[lane.lane < 16 ? sub : TILE / SUB][lane.lane / 8 % 2 * 32 + lane.lane % 8];
+        const float4 total = (parts[0] + parts[8]) + (parts[16] + parts[24]);
         __syncwarp();
-        kept[sub][lane.lane] = as_float4(total.v);
+        kept[sub][lane.lane] = total;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int j = 2 * i;
-          const float y_own = GATED ? over_halves(y[j], y[j + 1], lane.half) : 0.f;
           const float d_x_own = over_halves(d_x[j], d_x[j + 1], lane.half);
           const float d_exponent = over_halves(d_exponents[j], d_exponents[j + 1], lane.half);
           const float dt_own = lane.half ? dt.v[j + 1] : dt.v[j], d_y_own = lane.half ? d_y.v[j + 1] : d_y.v[j];
@@ -524,11 +552,11 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
           // A is in units of log2(e) here, and x = dt u.
           const float d_delta = (LN_2 * d_exponent + d_x_own * u_own) * step_size_slope(dt_own);
           const float z_own = widen(z[i]), s = sigmoid(z_own);
-          const float d_z = widen(d_out[i]) * (y_own + skip * u_own) * s * (1.f + z_own * (1.f - s));
-          const bool here = first + lane.half + j < count;
-          d_bias += here ? d_delta : 0.f;
+          const float d_z = widen(d_out[i]) * (y_own[i] + skip * u_own) * s * (1.f + z_own * (1.f - s));
+          const bool there = first + lane.half + j < count;
+          d_bias += there ? d_delta : 0.f;
           d_D += d_y_own * u_own;
-          if (here && exists) {
+          if (there && exists) {
             const i64 to = (i64)(row + j) * WIDTH(p) + lane.channel;
             p.d_u[to] = narrow(d_x_own * dt_own + skip * d_y_own);
             p.d_delta[to] = narrow(d_delta);
@@ -540,13 +568,10 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       float4* to_BC = p.d_BC + (blockIdx.x * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
 #pragma unroll 2
       for (int sub = lane.warp; sub < subs; sub += WARPS) {
-        Sums total = Sums{};
+        float4 total = all_kept[0][sub][lane.lane];
 #pragma unroll
-        for (int warp = 0; warp < WARPS; ++warp) {
-          const float4 part = all_kept[warp][sub][lane.lane];
-          total.v[0] += part.x, total.v[1] += part.y, total.v[2] += part.z, total.v[3] += part.w;
-        }
-        if (sub * SUB + lane.lane / 8 < count) to_BC[sub * SUB * 8] = as_float4(total.v);
+        for (int warp = 1; warp < WARPS; ++warp) total = total + all_kept[warp][sub][lane.lane];
+        if (sub * SUB + lane.lane / 8 < count) to_BC[sub * SUB * 8] = total;
       }
     }
     if (p.d_initial && unit.parent < 0) store_states(p.d_initial + unit.segment * N * Dp, g, lane, Dp);
@@ -561,18 +586,15 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
 extern "C" __global__ void sum_BC(const Params p) {
   const i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x, all = p.num_tokens * 8;
   if (i >= all) return;
-  Sums total = Sums{};
+  float4 total = p.d_BC[i];
 #pragma unroll 8
-  for (int block = 0; block < p.num_blocks; ++block) {
-    const float4 part = p.d_BC[block * all + i];
-    total.v[0] += part.x, total.v[1] += part.y, total.v[2] += part.z, total.v[3] += part.w;
-  }
+  for (int block = 1; block < p.num_blocks; ++block) total = total + p.d_BC[block * all + i];
   const i64 to = i / 8 * N + i % 8 * 2;  // of half i / 4 % 2, states 2 (i % 4) and the next
-#pragma unroll
-  for (int n = 0; n < 2; ++n) p.d_B[to + n] = narrow(total.v[n]), p.d_C[to + n] = narrow(total.v[2 + n]);
+  p.d_B[to] = narrow(total.x), p.d_B[to + 1] = narrow(total.y);
+  p.d_C[to] = narrow(total.z), p.d_C[to + 1] = narrow(total.w);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) scan_heads(const Params p) { walk_forward<false>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) scan_forward(const Params p) { walk_forward<true>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) scan_tails(const Params p) { walk_tails(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_heads(const Params p) { walk_forward<false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_forward(const Params p) { walk_forward<true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_tails(const Params p) { walk_tails(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 12 / WARPS) scan_backward(const Params p) { walk_backward(p); }
