@@ -22,7 +22,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as hf_falcon
 from transformers.models.mamba import modeling_mamba as hf_mamba
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
 
-from mambalign.ops import Segments, causal_conv1d, rms_norm, selective_scan, token_logps
+from mambalign.ops import Segments, add_rms_norm, causal_conv1d, selective_scan, token_logps
 from mambalign.ops.backends import take_rows
 from mambalign.ops.rms_norm import normalised
 
@@ -49,12 +49,22 @@ class StepSizeProjection(nn.Linear):
 
 
 class RMSNorm(hf_mamba.MambaRMSNorm):
-    """transformers' norm with the sum in at least fp32; returns the input's dtype times the weight's, or `dtype`."""
+    """transformers' norm with the sum in at least fp32, of `hidden_states` plus, if given, the stream before them."""
 
     backend = "auto"
 
-    def forward(self, hidden_states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype, self.backend)
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        return add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon, backend=self.backend)[0]
+
+
+class ResidualRMSNorm(RMSNorm):
+    """The norm before a mixer: (norm in `dtype`, the residual stream in `residual_dtype`)."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, residual: Tensor | None, dtype: torch.dtype, residual_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        eps = self.variance_epsilon
+        return add_rms_norm(hidden_states, residual, self.weight, eps, dtype, residual_dtype, self.backend)
 
 
 class PackedMixer:
@@ -147,27 +157,33 @@ class FalconMambaMixer(PackedMixer, hf_falcon.FalconMambaMixer):
 
 
 class PackedBlock:
-    """Pre-norm residual block; the residual stream stays fp32 where the config says so, and the norm sees it so."""
+    """Pre-norm residual block: (hidden states, residual stream before them) -> the same two for the next block.
+
+    What a mixer returns is added to the stream by the norm that reads the sum: the next block's, or the last one. The
+    stream stays fp32 where the config says so, and the norm sees it so.
+    """
 
     mixer_class: type[Any]
 
     def __init__(self: Any, config: Any, layer_idx: int):
         nn.Module.__init__(self)
         self.config, self.layer_idx, self.residual_in_fp32 = config, layer_idx, config.residual_in_fp32
-        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = ResidualRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = self.mixer_class(config, layer_idx=layer_idx, initialize_mixer_weights=False)
 
     def forward(
-        self: Any, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
-    ) -> Tensor:
-        narrow = self.residual_in_fp32 and hidden_states.dtype.itemsize < 4
-        residual = hidden_states.float() if narrow else hidden_states
+        self: Any,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        cache_params: Cache | None = None,
+        segments: Segments | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
         device = hidden_states.device.type
         # What the input projection works in; where the norm writes it at once, autocast has nothing left to copy.
         working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
-        normed = self.norm(hidden_states, working)
-        mixed: Tensor = self.mixer(normed, cache_params=cache_params, segments=segments)
-        return residual + mixed
+        normed, residual = self.norm(hidden_states, residual, working, torch.float32 if self.residual_in_fp32 else None)
+        return self.mixer(normed, cache_params=cache_params, segments=segments), residual
 
 
 class MambaBlock(PackedBlock, hf_mamba.MambaBlock):
@@ -274,11 +290,14 @@ class PackedModel:
             return out.index_copy(0, real, packed[0]).view(rows, length, packed.shape[-1])
 
         collected: list[Tensor] = []
+        residual = None
         for block in self.layers:
-            hidden = block(hidden, cache_params=cache_params, segments=segments)
+            if residual is not None and block.gradient_checkpointing and self.training:
+                hidden, residual = hidden + residual, None  # one tensor to keep for the block, not two
+            hidden, residual = block(hidden, residual, cache_params=cache_params, segments=segments)
             if output_hidden_states:
-                collected.append(padded(hidden))
-        hidden = padded(self.norm_f(hidden))
+                collected.append(padded(hidden + residual))
+        hidden = padded(self.norm_f(hidden, residual))
         all_hidden = (*collected, hidden) if output_hidden_states else None
         cache = cache_params if use_cache else None
         if not (self.config.return_dict if return_dict is None else return_dict):

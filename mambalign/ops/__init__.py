@@ -1,9 +1,9 @@
 """The ops that know about sequence boundaries, and nothing else does."""
 
 from mambalign.ops.causal_conv1d import causal_conv1d
-from mambalign.ops.rms_norm import rms_norm
+from mambalign.ops.rms_norm import add_rms_norm, rms_norm
 from mambalign.ops.segments import Segments
 from mambalign.ops.selective_scan import selective_scan
 from mambalign.ops.token_logps import token_logps
 
-__all__ = ["Segments", "causal_conv1d", "rms_norm", "selective_scan", "token_logps"]
+__all__ = ["Segments", "add_rms_norm", "causal_conv1d", "rms_norm", "selective_scan", "token_logps"]

@@ -1,4 +1,4 @@
-"""RMS norm on a GPU: `rms_norm.cu`. One pass each way, in any mix of input and output types."""
+"""Residual addition and RMS norm on a GPU: `rms_norm.cu`. One pass each way, in any mix of types."""
 
 from __future__ import annotations
 
@@ -25,28 +25,64 @@ def unavailable(device: torch.device, x: Tensor | None = None, *others: Tensor |
     return nvrtc.unavailable(device, x, *others)
 
 
-class RMSNorm(torch.autograd.Function):
-    """See `mambalign.ops.rms_norm` for the contract."""
+class AddRMSNorm(torch.autograd.Function):
+    """See `mambalign.ops.rms_norm.add_rms_norm` for the contract."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        x = x.contiguous()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        sum_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.residual_dtype, ctx.x_dtype, ctx.dtype = residual if residual is None else residual.dtype, x.dtype, dtype
+        ctx.set_materialize_grads(False)
+        given = x.contiguous()
+        # Where nothing is added and nothing widened the sum is x itself, and is not written.
+        total = x if residual is None and x.dtype == sum_dtype else x.new_empty(x.shape, dtype=sum_dtype)
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        _launch("norm_forward", x, dtype, weight=weight.float().contiguous(), y=y, scales=scales, eps=eps)
-        ctx.save_for_backward(x, weight, scales)
-        ctx.dtype = dtype
-        return y
+        values = {
+            "x": given,
+            "residual": None if residual is None else residual.to(sum_dtype).contiguous(),
+            "total": None if total is x else total,
+            "y": y,
+            "scales": scales,
+            "weight": weight.float().contiguous(),
+            "eps": eps,
+        }
+        _launch("norm_forward", x, dtype, sum_dtype, values)
+        ctx.save_for_backward(given if total is x else total, weight, scales)
+        return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scales = ctx.saved_tensors
-        d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        d_weights = torch.zeros(_blocks(x), x.shape[-1], dtype=torch.float32, device=x.device)
-        given = {"weight": weight.float().contiguous(), "d_y": d_y.to(ctx.dtype).contiguous(), "scales": scales}
-        _launch("norm_backward", x, ctx.dtype, d_x=d_x, d_weights=d_weights, **given)
-        return d_x, d_weights.sum(0).to(weight.dtype), None, None
+    def backward(ctx: Any, d_y: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, scales = ctx.saved_tensors
+        if d_y is None:
+            d_y = torch.zeros(total.shape, dtype=ctx.dtype, device=total.device)
+        # Gradients for x and for the residual are the same numbers: written once where their types are the same.
+        d_x = torch.empty(total.shape, dtype=ctx.x_dtype, device=total.device)
+        d_residual = None
+        if ctx.residual_dtype is not None:
+            d_residual = d_x if total.dtype == ctx.x_dtype else torch.empty_like(total)
+        d_weights = torch.zeros(_blocks(total), total.shape[-1], dtype=torch.float32, device=total.device)
+        values = {
+            "saved": total,
+            "scales": scales,
+            "weight": weight.float().contiguous(),
+            "d_y": d_y.to(ctx.dtype).contiguous(),
+            "d_total": None if d_total is None else d_total.to(total.dtype).contiguous(),
+            "d_x": d_x,
+            "d_residual": None if d_residual is d_x else d_residual,
+            "d_weights": d_weights,
+        }
+        _launch("norm_backward", d_x, ctx.dtype, total.dtype, values)
+        d_residual = None if d_residual is None else d_residual.to(ctx.residual_dtype)
+        return d_x, d_residual, d_weights.sum(0).to(weight.dtype), None, None, None
 
 
 def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:
@@ -57,13 +93,13 @@ def _blocks(x: Tensor) -> int:
     return min(x.numel() // max(x.shape[-1], 1), MOST_BLOCKS)
 
 
-def _launch(kernel: str, x: Tensor, dtype: torch.dtype, **values: Any) -> None:
-    macros = (("IO", IO[dtype]), ("X_IO", IO[x.dtype]), ("WIDTH", x.shape[-1]))
-    common = {"x": x, "num_rows": x.numel() // max(x.shape[-1], 1)}
-    module(macros, x.device).launch(kernel, (_blocks(x), 1), THREADS, common | values)
+def _launch(kernel: str, x: Tensor, dtype: torch.dtype, sum_dtype: torch.dtype, values: dict[str, Any]) -> None:
+    macros = (("IO", IO[dtype]), ("X_IO", IO[x.dtype]), ("SUM_IO", IO[sum_dtype]), ("WIDTH", x.shape[-1]))
+    rows = x.numel() // max(x.shape[-1], 1)
+    module(macros, x.device).launch(kernel, (_blocks(x), 1), THREADS, {"num_rows": rows} | values)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """CUDA backend; arguments as `mambalign.ops.reference.rms_norm`."""
-    y: Tensor = RMSNorm.apply(x, weight, eps, dtype)
-    return y
+def add_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:
+    """CUDA backend; arguments as `mambalign.ops.reference.add_rms_norm`."""
+    y, total = AddRMSNorm.apply(*args)
+    return y, total

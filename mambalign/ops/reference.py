@@ -104,7 +104,10 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return torch.where(valid, picked, torch.zeros_like(picked))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Equation (4) of arXiv 1910.07467 with eps inside the root."""
-    exact = x.to(compute_dtype(x, weight))
-    return (exact / (exact.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.to(exact.dtype)).to(dtype)
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, sum_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(equation (4) of arXiv 1910.07467 with eps inside the root, of the sum; the sum)."""
+    total = x.to(sum_dtype) if residual is None else x.to(sum_dtype) + residual.to(sum_dtype)
+    exact = total.to(compute_dtype(total, weight))
+    return (exact / (exact.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.to(exact.dtype)).to(dtype), total

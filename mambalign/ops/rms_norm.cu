@@ -1,19 +1,26 @@
-// RMS norm on a GPU, a block a row, each element read once: see ops/cuda_norm.py.
+// Residual addition and RMS norm on a GPU, a block a row, each element read once: see ops/cuda_norm.py.
 //
-// Compiled for the element types of input (X_IO) and output (IO, both as in scalars.cuh) and the row length WIDTH.
+// Compiled for the element types of the input (X_IO), of the sum (SUM_IO) and of the norm (IO, all as in scalars.cuh) and
+// the row length WIDTH.
 
 #define THREADS 128
 #define VEC 4
 #define PACKS ((WIDTH + THREADS * VEC - 1) / (THREADS * VEC))  // that a thread owns of every row
 
 typedef Scalar<X_IO>::type x_io;
+typedef Scalar<SUM_IO>::type sum_io;
 
 struct Params {
-  const x_io* x;        // [rows, WIDTH], like y, d_y and d_x
-  const float* weight;  // [WIDTH]
+  const x_io* x;           // [rows, WIDTH], like all but the last
+  const sum_io* residual;  // added to x; or null
+  sum_io* total;           // the sum; or null where it is not asked for
+  const sum_io* saved;     // the sum, as the backward pass gets it
+  const float* weight;     // [WIDTH]
   const io* d_y;
+  const sum_io* d_total;  // what comes down the residual stream; or null
   io* y;
   x_io* d_x;
+  sum_io* d_residual;  // the same numbers as d_x; or null
   float *scales, *d_weights;  // 1 / rms of every row; [grid, WIDTH]: the share of every block
   i64 num_rows;
   double eps;
@@ -69,12 +76,25 @@ __device__ __forceinline__ void store(typename Scalar<KIND>::type* row, const fl
   }
 }
 
+// Adds a row, and rounds to its type: what the backward pass reads is what was normed.
+template <int KIND>
+__device__ __forceinline__ void add(float (&to)[PACKS][VEC], const typename Scalar<KIND>::type* row) {
+  float other[PACKS][VEC];
+  load<KIND>(other, row);
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) to[k][i] = Scalar<KIND>::widen(Scalar<KIND>::narrow(to[k][i] + other[k][i]));
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) norm_forward(const Params p) {
   float weight[PACKS][VEC];
   load<0>(weight, p.weight);
   for (i64 r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
     float x[PACKS][VEC], squares = 0.f;
     load<X_IO>(x, p.x + r * WIDTH);
+    if (p.residual) add<SUM_IO>(x, p.residual + r * WIDTH);
+    if (p.total) store<SUM_IO>(p.total + r * WIDTH, x);
 #pragma unroll
     for (int k = 0; k < PACKS; ++k)
 #pragma unroll
@@ -89,7 +109,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_forward(const Params 
   }
 }
 
-// With g = weight * d_y and xhat = x * scale: d_x = scale * (g - xhat * mean(g * xhat)), d_weight = sum of d_y * xhat.
+// With g = weight * d_y and xhat = x * scale: d_weight = sum of d_y * xhat, and
+// d_x = scale * (g - xhat * mean(g * xhat)) + d_total.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const Params p) {
   float weight[PACKS][VEC], d_weight[PACKS][VEC];
   load<0>(weight, p.weight);
@@ -100,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const Params
   for (i64 r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
     float x[PACKS][VEC], g[PACKS][VEC], dot = 0.f;
     const float scale = p.scales[r];
-    load<X_IO>(x, p.x + r * WIDTH);
+    load<SUM_IO>(x, p.saved + r * WIDTH);
     load<IO>(g, p.d_y + r * WIDTH);
 #pragma unroll
     for (int k = 0; k < PACKS; ++k)
@@ -116,7 +137,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const Params
     for (int k = 0; k < PACKS; ++k)
 #pragma unroll
       for (int i = 0; i < VEC; ++i) g[k][i] = scale * (g[k][i] - x[k][i] * dot);
+    if (p.d_total) {
+      load<SUM_IO>(x, p.d_total + r * WIDTH);
+#pragma unroll
+      for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) g[k][i] += x[k][i];
+    }
     store<X_IO>(p.d_x + r * WIDTH, g);
+    if (p.d_residual) store<SUM_IO>(p.d_residual + r * WIDTH, g);
   }
   store<0>(p.d_weights + (i64)blockIdx.x * WIDTH, d_weight);
 }

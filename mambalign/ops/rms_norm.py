@@ -1,4 +1,4 @@
-"""RMS norm (arXiv 1910.07467): the norm before every Mamba block. Public op and choice of backend."""
+"""RMS norm (arXiv 1910.07467), alone and with the residual addition before it. Public ops and choice of backend."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from mambalign.ops.backends import select
 from mambalign.ops.reference import compute_dtype
 
 
-def _torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Rounded to x's dtype before the weight is applied, as transformers does it."""
-    return (weight * normalised(x, eps).to(x.dtype)).to(dtype)
+def _torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, sum_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rounded before the weight is applied, to the dtype of what is normed, as transformers does it."""
+    total = x if residual is None else x.to(sum_dtype) + residual
+    return (weight * normalised(total, eps).to(total.dtype)).to(dtype), total.to(sum_dtype)
 
 
 def normalised(x: Tensor, eps: float) -> Tensor:
@@ -21,7 +24,7 @@ def normalised(x: Tensor, eps: float) -> Tensor:
     return exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
 
 
-BACKENDS = {"cuda": cuda_norm.rms_norm, "torch": _torch, "reference": reference.rms_norm}
+BACKENDS = {"cuda": cuda_norm.add_rms_norm, "torch": _torch, "reference": reference.add_rms_norm}
 
 
 def select_backend(backend: str, device: torch.device, *inputs: Tensor | None) -> tuple[str, str]:
@@ -52,7 +55,50 @@ def rms_norm(
     Example:
         >>> y = rms_norm(torch.randn(5, 8), torch.ones(8))
     """
+    return add_rms_norm(x, None, weight, eps, dtype, backend=backend)[0]
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`h = x + residual`, and `rms_norm(h, weight)`: the two ends of pre-norm residual blocks, each read once.
+
+    The backward pass adds the gradient that comes down the residual stream to the norm's own, and writes the sum in
+    the dtypes of `x` and of `residual`, in one pass too.
+
+    Args:
+        x: `[..., H]`, what the block before adds to the stream; bf16, fp16, fp32 or fp64. residual: the same shape,
+            the stream before that, or None at its beginning.
+        weight: `[H]`.
+        dtype: of the norm; None means that of `weight * h`.
+        residual_dtype: of h, or wider where `x` or `residual` is wider; None means as they are.
+        backend: as for `rms_norm`.
+
+    Returns:
+        (norm, h), both `[..., H]`. Gradients flow to `x`, `residual` and `weight`.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+
+    Example:
+        >>> norm, h = add_rms_norm(torch.randn(5, 8).bfloat16(), torch.randn(5, 8), torch.ones(8), dtype=torch.bfloat16)
+        >>> norm.dtype, h.dtype
+        (torch.bfloat16, torch.float32)
+    """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must have shape {list(x.shape[-1:])}, got {list(weight.shape)}")
-    dtype = torch.promote_types(x.dtype, weight.dtype) if dtype is None else dtype
-    return BACKENDS[select_backend(backend, x.device, x, weight)[0]](x, weight, eps, dtype)
+    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"add_rms_norm: residual must have shape {list(x.shape)}, got {list(residual.shape)}")
+    if residual is not None and residual.device != x.device:
+        raise ValueError(f"add_rms_norm: residual is on {residual.device}, x on {x.device}")
+    dtype = torch.promote_types(sum_dtype, weight.dtype) if dtype is None else dtype
+    sum_dtype = sum_dtype if residual_dtype is None else torch.promote_types(sum_dtype, residual_dtype)
+    run = BACKENDS[select_backend(backend, x.device, x, residual, weight)[0]]
+    return run(x, residual, weight, eps, dtype, sum_dtype)

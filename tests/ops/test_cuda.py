@@ -9,12 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from mambalign.ops import Segments, causal_conv1d, cuda_logps, cuda_scan, nvrtc, rms_norm, selective_scan, token_logps
+from mambalign.ops import (
+    Segments,
+    add_rms_norm,
+    causal_conv1d,
+    cuda_logps,
+    cuda_scan,
+    nvrtc,
+    rms_norm,
+    selective_scan,
+    token_logps,
+)
 from mambalign.ops.reference import compute_dtype
 from tests.ops import emulated
 from tests.ops.test_ops import (
+    NORM_CASES,
     TOLERANCE,
     TREES,
+    added_and_normed,
     assert_same,
     conv_inputs,
     outputs_and_gradients,
@@ -175,6 +187,19 @@ def test_norm(x_dtype: torch.dtype, weight_dtype: torch.dtype, dtype: torch.dtyp
     assert results[0][0].dtype == (dtype or torch.promote_types(x_dtype, weight_dtype))
     for ours, theirs in zip(*results, strict=True):
         assert relative_error(ours, theirs) < max(TOLERANCE[d] for d in (x_dtype, weight_dtype))
+
+
+@pytest.mark.parametrize("case", NORM_CASES)
+def test_add_and_norm(case: str) -> None:
+    added_and_normed("cuda", case, 700)
+
+
+def test_a_sum_that_no_one_norms_hands_its_gradient_on() -> None:
+    x, residual = torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(3, 8, requires_grad=True)
+    total = add_rms_norm(x, residual, torch.ones(8), backend="cuda")[1]
+    weights = torch.randn(3, 8)
+    d_x, d_residual = torch.autograd.grad((total * weights).sum(), (x, residual))
+    assert torch.equal(d_residual, weights) and torch.equal(d_x, weights.bfloat16())
 
 
 def test_logits_of_any_size_and_unknown_labels() -> None:

@@ -9,8 +9,10 @@ import torch
 
 from mambalign.ops import Segments, causal_conv1d, rms_norm, selective_scan, token_logps
 from tests.ops.test_ops import (
+    NORM_CASES,
     TOLERANCE,
     TREES,
+    added_and_normed,
     assert_same,
     conv_inputs,
     outputs_and_gradients,
@@ -89,3 +91,10 @@ def test_norm(width: int) -> None:
     double = [t.detach().double().requires_grad_() for t in (x, weight)]
     theirs = torch.autograd.grad(rms_norm(*double, backend="reference").pow(3).sum(), double)
     assert all(relative_error(a.cpu(), b) < 1e-5 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+@pytest.mark.parametrize("width", [63, 2560])
+@pytest.mark.parametrize("case", NORM_CASES)
+def test_add_and_norm(case: str, width: int, backend: str) -> None:
+    added_and_normed(backend, case, width, "cuda")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambalign.ops import Segments, causal_conv1d, selective_scan, token_logps, torch_scan
+from mambalign.ops import Segments, add_rms_norm, causal_conv1d, rms_norm, selective_scan, token_logps, torch_scan
 
 TREES = {
     "one": ([17], [-1]),
@@ -28,6 +28,19 @@ TREES = {
     "no segment": ([], []),
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# dtypes of (x, residual, weight, the norm), the least of the sum, and what the sum must be in
+NORM_CASES = {
+    "fp32": (FP32, FP32, FP32, None, None, FP32),
+    "autocast": (BF16, FP32, FP32, BF16, FP32, FP32),
+    "pure bf16": (BF16, FP32, BF16, BF16, FP32, FP32),
+    "all bf16": (BF16, BF16, BF16, None, None, BF16),
+    "fp16": (FP16, FP32, FP32, FP16, FP32, FP32),
+    "stream narrower than x": (FP32, BF16, FP32, BF16, None, FP32),
+    "beginning": (FP32, None, FP32, BF16, FP32, FP32),
+    "beginning, widened": (BF16, None, BF16, BF16, FP32, FP32),
+}
 
 
 @pytest.fixture(params=["as shipped", "small tiles"])
@@ -110,6 +123,47 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         assert ours[name].shape == expected.shape, name
         error = relative_error(ours[name], expected)
         assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
+
+
+def added_and_normed(backend: str, case: str, width: int, device: str = "cpu") -> None:
+    """`add_rms_norm` of `backend`: sum, norm and gradients, through both outputs at once and through either alone."""
+    x_dtype, residual_dtype, weight_dtype, dtype, least, sum_dtype = NORM_CASES[case]
+    given = [torch.randn(2, 5, width).to(x_dtype), None, torch.randn(width).to(weight_dtype)]
+    if residual_dtype is not None:
+        given[1] = torch.randn(2, 5, width).to(residual_dtype)
+    norm_weights, sum_weights = torch.randn(2, 2, 5, width)
+    tolerance = max(TOLERANCE[t] for t in (x_dtype, weight_dtype, dtype or sum_dtype, sum_dtype))
+    for through_norm, through_sum in ((1, 1), (1, 0), (0, 1)):
+        results = []
+        for name, place, to in ((backend, device, None), ("reference", "cpu", torch.float64)):
+            inputs = [None if t is None else t.to(place, to).requires_grad_() for t in given]
+            types = (dtype, least) if to is None else (None, None)
+            norm, total = add_rms_norm(*inputs, 1e-3, *types, backend=name)
+            loss = through_norm * (norm * norm_weights.to(place)).sum()
+            loss = loss + through_sum * (total * sum_weights.to(place)).sum()
+            gradients = torch.autograd.grad(loss, [t for t in inputs if t is not None])
+            results.append([norm.detach().cpu(), total.detach().cpu(), *(g.cpu() for g in gradients)])
+        ours, theirs = results
+        assert ours[1].dtype == sum_dtype and ours[0].dtype == (dtype or torch.promote_types(sum_dtype, weight_dtype))
+        assert torch.equal(ours[1], theirs[1].to(sum_dtype))
+        assert [g.dtype for g in ours[2:]] == [t.dtype for t in given if t is not None]
+        assert all(relative_error(a, b) <= tolerance for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("case", NORM_CASES)
+def test_add_and_norm_equals_reference(case: str) -> None:
+    added_and_normed("torch", case, 37)
+
+
+def test_add_and_norm_are_the_two_in_turn() -> None:
+    """Bit for bit; and what does not fit is refused."""
+    x, residual, weight = torch.randn(4, 9).double(), torch.randn(4, 9).double(), torch.randn(9).double()
+    norm, total = add_rms_norm(x, residual, weight)
+    assert torch.equal(total, x + residual) and torch.equal(norm, rms_norm(x + residual, weight))
+    with pytest.raises(ValueError, match=r"residual must have shape \[4, 9\], got \[9\]"):
+        add_rms_norm(x, residual[0], weight)
+    with pytest.raises(ValueError, match=r"weight must have shape \[9\], got \[8\]"):
+        add_rms_norm(x, residual, weight[:8])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
