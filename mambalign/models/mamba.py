@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as hf_falcon
 from transformers.models.mamba import modeling_mamba as hf_mamba
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
 
+from mambalign.models.recompute import Recomputation
 from mambalign.ops import Segments, add_rms_norm, causal_conv1d, selective_scan, token_logps
 from mambalign.ops.backends import take_rows
 from mambalign.ops.rms_norm import normalised
@@ -84,30 +85,35 @@ class PackedMixer:
 
     @force_accelerate_hooks(["conv1d", "dt_proj"])  # parameters of theirs are used without a call of the module
     def forward(
-        self: Any, hidden_states: Tensor, cache_params: Cache | None = None, segments: Segments | None = None, **_: Any
+        self: Any,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        segments: Segments | None = None,
+        recomputation: Recomputation | None = None,
+        **_: Any,
     ) -> Tensor:
         """`[1, T, hidden]` -> `[1, T, hidden]`; with a cache, segment s reads and writes its row s."""
         assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
+        drop = (recomputation or Recomputation(enabled=False)).drop
         delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
         conv_state, ssm_state = self._read(cache_params)
         x, z = self.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
         silu = self.activation in ("silu", "swish")
-        x, conv_state = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            "silu" if silu else None,
-            segments,
-            conv_state,
-            output_final_state=True,
+        convolve = partial(
+            causal_conv1d, activation="silu" if silu else None, segments=segments, initial_state=conv_state,
             backend=self.backend,
-        )
+        )  # fmt: skip
+        conv_inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x, conv_state = convolve(*conv_inputs, output_final_state=True)
+        drop(x, convolve, *conv_inputs)
         x = x if silu else self.act(x)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        delta, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
+        low_rank, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
+        delta = self.dt_proj(low_rank)
+        drop(delta, self.dt_proj, low_rank, module=self.dt_proj)
         y, ssm_state = selective_scan(
             x,
-            self.dt_proj(delta),
+            delta,
             -torch.exp(self.A_log),
             B,
             C,
@@ -164,6 +170,7 @@ class PackedBlock:
     """
 
     mixer_class: type[Any]
+    selective_recomputation = False
 
     def __init__(self: Any, config: Any, layer_idx: int):
         nn.Module.__init__(self)
@@ -182,8 +189,16 @@ class PackedBlock:
         device = hidden_states.device.type
         # What the input projection works in; where the norm writes it at once, autocast has nothing left to copy.
         working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
-        normed, residual = self.norm(hidden_states, residual, working, torch.float32 if self.residual_in_fp32 else None)
-        return self.mixer(normed, cache_params=cache_params, segments=segments), residual
+        normed, total = self.norm(hidden_states, residual, working, torch.float32 if self.residual_in_fp32 else None)
+        whole = self.gradient_checkpointing and self.training  # then this runs twice already
+        with Recomputation(self.selective_recomputation and cache_params is None and not whole) as recomputation:
+            # At the beginning of the stream the norm may have seen narrower numbers than the stream holds.
+            recomputation.drop(
+                normed, lambda x: self.norm(x, None, working, None)[0], hidden_states if residual is None else total,
+                module=self.norm,
+            )  # fmt: skip
+            mixed = self.mixer(normed, cache_params=cache_params, segments=segments, recomputation=recomputation)
+        return mixed, total
 
 
 class MambaBlock(PackedBlock, hf_mamba.MambaBlock):
@@ -332,6 +347,14 @@ class PackedCausalLM:
         for module in self.modules():
             if hasattr(module, "backend"):
                 module.backend = backend
+
+    def set_selective_recomputation(self: Any, enabled: bool = True) -> None:
+        """Compute norms, convolutions and step sizes again in the backward pass: see `mambalign.models.recompute`.
+
+        Layers that `gradient_checkpointing_enable` computes again as a whole ignore it.
+        """
+        for layer in self.backbone.layers:
+            layer.selective_recomputation = enabled
 
     def forward(
         self: Any,
