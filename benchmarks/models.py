@@ -23,7 +23,7 @@ MAMBA = {"tiny": (32, 2), "130m": (768, 24), "790m": (1536, 48), "2.8b": (2560, 
 NEOX = {"tiny": (32, 2, 4), "130m": (768, 12, 12), "790m": (1536, 24, 16), "2.8b": (2560, 32, 32)}
 
 
-def ours(size: str, weights: str, recompute: bool = False) -> Any:
+def ours(size: str, weights: str, recompute: bool | str = False) -> Any:
     """With the spread of mamba-ssm's initial weights: with transformers', 5 to 9 times that, a deep model is chaotic,
     bf16 and fp32 part within 20 layers, and nothing could be compared but averages."""
     width, layers = MAMBA[size]
@@ -48,10 +48,12 @@ def transformer(size: str, weights: str, recompute: bool, length: int) -> Any:
     return _prepared(model, weights, recompute)
 
 
-def _prepared(model: Any, weights: str, recompute: bool) -> Any:
+def _prepared(model: Any, weights: str, recompute: bool | str) -> Any:
     if weights == "bf16":
         model = model.to(torch.bfloat16)
-    if recompute:
+    if recompute == "selective":
+        model.set_selective_recomputation()
+    elif recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 

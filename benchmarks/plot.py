@@ -76,7 +76,7 @@ def train_step(rows: list[Row], new: Callable[..., Any]) -> Any:
                     marker={"ours": "o", "mamba-ssm": "s"}.get(who, "^"),
                     markerfacecolor="white" if recompute else colour(who),
                     linestyle="--" if recompute else "-",
-                    label=f"{who}{', recomputed' if recompute else ''}",
+                    label=f"{who}{', recomputed' if recompute else ''}{' in part' if recompute == 'selective' else ''}",
                 )
         panels[column].set(title=f"{size}, bf16", ylabel="tokens/s, forward + backward", ylim=(0, None))
         panels[column].legend(fontsize=8)

@@ -198,7 +198,7 @@ def test_train_step(
 ) -> None:
     script("train_step").main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "train_step.json")])
     rows = rows_of(tmp_path / "train_step.json")
-    assert [row["who"] for row in rows] == ["ours", "mamba-ssm", "transformer"] * 2
+    assert [row["who"] for row in rows] == ["ours", "mamba-ssm", "transformer"] * 2 + ["ours"]
     assert "x mamba-ssm" in capsys.readouterr().out
     monkeypatch.setattr(MambaLMHeadModel, "error", 0.01)
     with pytest.raises(SystemExit, match="losses differ"):

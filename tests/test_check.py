@@ -121,6 +121,9 @@ def test_the_estimate_follows_the_recipe() -> None:
     assert parts()["autocast copies"] == 0 and parts(dtype="bfloat16")["weights"] == 2 * count
     assert parts(optim="adamw_8bit")["optimizer"] == 2 * count
     assert parts()["kept for backward"] > 5 * parts(gradient_checkpointing=True)["kept for backward"]
+    # What tests/models/test_recompute.py measures to the byte.
+    dropped = parts(bf16=True)["total"] - parts(bf16=True, gradient_checkpointing="selective")["total"]
+    assert dropped == pytest.approx(64 * 2 * (2560 + 2 * 5120) * tokens_per_forward(Recipe(), "sft"))
     adapters = parts(use_peft=True, load_in_4bit=True, lora_r=8, lora_target_modules=["in_proj"])
     assert adapters["gradients"] == 4 * 64 * 8 * (2560 + 2 * 5120)
     assert adapters["weights"] < 0.6 * count

@@ -265,6 +265,7 @@ def test_training_arguments_are_taken_by_transformers(tmp_path: Path) -> None:
         "use_reentrant": False,  # torch's own default is the other one, with a warning
         "preserve_rng_state": False,
     }
+    assert "gradient_checkpointing" not in Recipe(gradient_checkpointing="selective").training_arguments()
     assert args.get_warmup_steps(1000) == 250
     assert args.gradient_accumulation_steps == 2
     assert set(recipe.training_arguments()) <= supported

@@ -6,7 +6,8 @@ With P parameters, d = hidden size, E = inner size, N = state size, R = rank of 
     gradients  4 P      in the type of the weights
     AdamW      8 P      two fp32 moments (2 P in 8 bits, 0 for plain SGD)
     kept       per token and layer, for the backward pass: d (8 + 2c) + E (6c + 4) + 2c (R + 2N) + 4 E N / 32
-               with gradient checkpointing only 4 d, and the above once, for the layer at hand
+               gradient_checkpointing: selective drops c (d + 2E) of it, the outputs of norm, convolution, dt_proj
+               gradient_checkpointing: true leaves only 4 d, and the above once, for the layer at hand
     working    per token, once: 32 E for the fp32 vectors of the scan's backward pass
     head       128 MiB: logits exist for a chunk of rows only
 
@@ -124,8 +125,8 @@ class ModelShape:
         return self.layers * sum(rank * sum(s) for name, s in self.projections.items() if name in wanted)
 
 
-def kept_bytes_per_token(shape: ModelShape, compute_bytes: int, checkpointing: bool) -> float:
-    """Bytes a token leaves behind in the whole forward pass for the backward pass."""
+def kept_bytes_per_token(shape: ModelShape, compute_bytes: int, checkpointing: bool | str) -> float:
+    """Bytes a token leaves behind in the whole forward pass for the backward pass; `checkpointing` as in a recipe."""
     c = compute_bytes
     layer = (
         shape.hidden * (8 + 2 * c)
@@ -133,6 +134,8 @@ def kept_bytes_per_token(shape: ModelShape, compute_bytes: int, checkpointing: b
         + 2 * c * (shape.rank + 2 * shape.state)
         + 4 * shape.inner * shape.state / SCAN_TILE
     )
+    if checkpointing == "selective":
+        return (layer - c * (shape.hidden + 2 * shape.inner)) * shape.layers
     return 4 * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
 
 

@@ -146,7 +146,7 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
             report.warn(
                 "per_device_train_batch_size",
                 f"the run is estimated at {parts['total'] / 1e9:.1f} GB and the device has {available / 1e9:.1f} GB; "
-                "lower it, set max_tokens_per_device or gradient_checkpointing: true",
+                "lower it, set max_tokens_per_device, or gradient_checkpointing: selective or true",
             )
     return shape
 

@@ -318,7 +318,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     with _as_user_error("optim"):
         optimizer_class, optimizer_options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **optimizer_options)
-    if recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing is True:
         _check_checkpointing(recipe.gradient_checkpointing_kwargs or {})
     with _as_user_error(f"lr_scheduler_type {recipe.lr_scheduler_type}, lr_scheduler_kwargs"):
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
@@ -370,6 +370,7 @@ def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any]]:
     if len(tokenizer) > before:
         logger.info("%d chat tokens added to the tokenizer, %d rows to the embedding", len(tokenizer) - before, grown)
     model.set_backend(recipe.backend)
+    model.set_selective_recomputation(recipe.gradient_checkpointing == "selective")
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     facts = {

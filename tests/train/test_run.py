@@ -444,6 +444,7 @@ def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path
         (dict(metric_for_best_model="eval_los", eval_strategy="epoch"), "metric_for_best_model: los .*'loss'"),
         (dict(dataloader_drop_last=True, per_device_train_batch_size=64), "dataloader_drop_last: 18 training rows"),
         (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrent": 1}), "'use_reentrant'"),
+        (dict(gradient_checkpointing="selectiv"), "true or false, or one of selective.*did you mean 'selective'"),
         (dict(report_to=["wandb"]), "report_to: .*pip install wandb"),
         (dict(report_to=["paper"]), "report_to: paper is not supported"),
         (dict(fsdp="full_shard"), "fsdp only works in distributed training"),
@@ -463,3 +464,9 @@ def test_chat_tokens_fit_into_the_padding_rows(recipe: Make, tmp_path: Path) -> 
     assert config["vocab_size"] == 264 and len(tokenizer) == 259  # 257 bytes + 2 in the 264 rows it had
     assert config["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert "lm_head.weight" not in weights(result.output_dir)  # still tied
+
+
+def test_selective_recomputation_trains_the_same_weights(recipe: Make, tmp_path: Path) -> None:
+    for name, policy in (("kept", False), ("selective", "selective")):
+        run("sft", recipe("sft", output_dir=str(tmp_path / name), max_steps=2, gradient_checkpointing=policy))
+    assert_same_run(tmp_path / "kept", tmp_path / "selective")
