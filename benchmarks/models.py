@@ -90,7 +90,7 @@ def autocast(weights: str) -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=weights != "bf16")
 
 
-def target_logps(model: Any, batch: PackedBatch) -> Tensor:
+def target_logps(model: Any, batch: PackedBatch, summed: bool = False) -> Tensor:
     """fp32 `[M]`, as the trainer asks for them. The plans of the kernels are made anew, as for a batch never seen."""
     segments = Segments(batch.segments.cu_seqlens, batch.segments.parent)
     logps: Tensor = model(
@@ -98,6 +98,7 @@ def target_logps(model: Any, batch: PackedBatch) -> Tensor:
         segments=segments,
         target_positions=batch.target_positions,
         target_ids=batch.target_ids,
+        targets_summed=summed,
         use_cache=False,
     ).logps
     return logps
@@ -105,7 +106,7 @@ def target_logps(model: Any, batch: PackedBatch) -> Tensor:
 
 def packed_loss(model: Any, batch: PackedBatch) -> Tensor:
     """Ours: only rows that predict a target meet the head, and logits never exist."""
-    return -target_logps(model, batch).mean()
+    return -target_logps(model, batch, summed=True).sum() / batch.target_ids.numel()
 
 
 def padded_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
@@ -118,7 +119,8 @@ def transformer_loss(model: Any, ids: Tensor) -> Tensor:
     """With the same chunked head as ours."""
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     head = model.embed_out if hasattr(model, "embed_out") else model.lm_head  # renamed within transformers 5
-    return -token_logps(hidden, head.weight, ids[:, 1:].flatten()).mean()
+    targets = ids[:, 1:].flatten()
+    return -token_logps(hidden, head.weight, targets, summed=True).sum() / targets.numel()
 
 
 def step(model: Any, weights: str, *losses: Callable[[], Tensor]) -> Callable[[], Tensor]:

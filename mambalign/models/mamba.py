@@ -97,6 +97,7 @@ class PackedMixer:
         drop = (recomputation or Recomputation(enabled=False)).drop
         delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
         conv_state, ssm_state = self._read(cache_params)
+        caching = cache_params is not None
         x, z = self.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
         silu = self.activation in ("silu", "swish")
         convolve = partial(
@@ -104,14 +105,15 @@ class PackedMixer:
             backend=self.backend,
         )  # fmt: skip
         conv_inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
-        x, conv_state = convolve(*conv_inputs, output_final_state=True)
+        convolved: Any = convolve(*conv_inputs, output_final_state=caching)
+        x = convolved[0] if caching else convolved
         drop(x, convolve, *conv_inputs)
         x = x if silu else self.act(x)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         low_rank, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
         delta = self.dt_proj(low_rank)
         drop(delta, self.dt_proj, low_rank, module=self.dt_proj)
-        y, ssm_state = selective_scan(
+        scanned: Any = selective_scan(
             x,
             delta,
             -torch.exp(self.A_log),
@@ -123,15 +125,15 @@ class PackedMixer:
             delta_softplus=True,
             segments=segments,
             initial_state=ssm_state,
-            output_final_state=True,
+            output_final_state=caching,
             backend=self.backend,
         )
         if cache_params is not None:
             # transformers keeps one column more than the convolution needs; the oldest is never read.
-            padded = nn.functional.pad(conv_state, (1, 0))
+            padded = nn.functional.pad(convolved[1], (1, 0))
             cache_params.update_conv_state(padded, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-            cache_params.update_recurrent_state(ssm_state, self.layer_idx)
-        out: Tensor = self.out_proj(y)[None]
+            cache_params.update_recurrent_state(scanned[1], self.layer_idx)
+        out: Tensor = self.out_proj(scanned[0] if caching else scanned)[None]
         return out
 
     def _read(self: Any, cache_params: Cache | None) -> tuple[Tensor | None, Tensor | None]:
@@ -370,6 +372,7 @@ class PackedCausalLM:
         segments: Segments | None = None,
         target_positions: Tensor | None = None,
         target_ids: Tensor | None = None,
+        targets_summed: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ...] | CausalLMOutput:
         """Logits of a padded batch or of a packed row, or the log-probs of named targets.
@@ -382,6 +385,7 @@ class PackedCausalLM:
             segments: boundaries and forks of a packed row.
             target_positions, target_ids: int64 `[M]`: the flat row (into `[B * L]`) whose hidden state predicts, and
                 what. Only these rows meet the head, and no logits are returned.
+            targets_summed: only the sum of the log-probs will matter (see `token_logps`).
 
         Returns:
             `CausalLMOutput` with `logits` fp32 `[B, L, V]`, or with `logps` fp32 `[M]` where targets are given.
@@ -403,10 +407,11 @@ class PackedCausalLM:
             target_positions, target_ids = _targets_of(labels[0], segments)
         if target_positions is not None and target_ids is not None:
             predicting = take_rows(hidden.flatten(0, 1), target_positions)
-            logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=self.backend)
+            summed = targets_summed or labels is not None
+            logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=self.backend, summed=summed)
             if labels is not None:
                 count = kwargs.get("num_items_in_batch")
-                loss = -logps.mean() if count is None else -logps.sum() / count
+                loss = -logps.sum() / (logps.numel() if count is None else count)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])

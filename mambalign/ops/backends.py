@@ -61,6 +61,13 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small table made by the host, on `device`; from ordinary memory CUDA would wait for all work before it."""
+    if device.type == "cuda" and tensor.numel():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
     """`out[index[i]] += values[i]` with repeated indices, summed in a fixed order on every device.
 

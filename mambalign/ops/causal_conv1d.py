@@ -63,8 +63,11 @@ def causal_conv1d(
     segments = whole(x.shape[0]) if segments is None else segments
     _check(x, weight, bias, activation, segments, initial_state)
     run = BACKENDS[select_backend(backend, x.device, weight, x, bias, initial_state)[0]]
-    y, final_state = run(x, weight, bias, activation, segments, initial_state)
-    return (y, final_state) if output_final_state else y
+    y, final_state = run(x, weight, bias, activation, segments, initial_state, output_final_state)
+    if not output_final_state:
+        return y
+    assert final_state is not None
+    return y, final_state
 
 
 def _check(

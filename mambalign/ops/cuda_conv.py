@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
-from mambalign.ops.backends import add_rows
+from mambalign.ops.backends import add_rows, send
 from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments
 
@@ -61,9 +61,9 @@ def plan(segments: Segments, width: int, device: torch.device) -> Plan:
         first[nonempty] = before[starts[nonempty]]
         last = segments.final_windows(width)
         segments._plans[key] = Plan(
-            _runs(segments).to(device),
-            first.int().to(device),
-            last.to(device),
+            send(_runs(segments), device),
+            send(first.int(), device),
+            send(last, device),
             _crossing(first.flatten(), torch.repeat_interleave(nonempty, width), device),
             _crossing(last.flatten(), torch.ones(last.numel(), dtype=torch.bool), device),
         )
@@ -83,7 +83,7 @@ def _crossing(entries: Tensor, used: Tensor, device: torch.device) -> Crossing:
     token_rows = (used & (entries >= 0)).nonzero()[:, 0]
     tokens, place = entries[token_rows].unique(return_inverse=True)
     initial_rows = (used & (entries < 0)).nonzero()[:, 0]
-    return Crossing(*(t.to(device) for t in (token_rows, tokens, place, initial_rows, -1 - entries[initial_rows])))
+    return Crossing(*(send(t, device) for t in (token_rows, tokens, place, initial_rows, -1 - entries[initial_rows])))
 
 
 def unavailable(device: torch.device, weight: Tensor | None = None, *others: Tensor | None) -> str | None:
@@ -105,22 +105,25 @@ class CausalConv1d(torch.autograd.Function):
         activation: str | None,
         segments: Segments,
         initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        values = _values(x, weight, bias, activation, segments, initial_state)
+        output_final_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        chart = plan(segments, weight.shape[1] - 1, x.device)
+        ctx.prepared = _prepared(weight, bias, activation, chart)
+        initial = _initial(initial_state)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _launch("conv_forward", values | {"y": y}, x, weight)
+        _launch("conv_forward", ctx.prepared | _rows("x", x) | {"initial": initial, "y": y}, x, weight)
         ctx.save_for_backward(x, weight, bias, initial_state)
-        ctx.activation, ctx.segments = activation, segments
+        ctx.segments, ctx.chart = segments, chart
         ctx.set_materialize_grads(False)
-        return y, _final_state(x, values["initial"], plan(segments, weight.shape[1] - 1, x.device).final_windows)
+        return y, _final_state(x, initial, chart.final_windows) if output_final_state else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state = ctx.saved_tensors
         (T, D), W, S = x.shape, weight.shape[1], ctx.segments.num_segments
-        chart = plan(ctx.segments, W - 1, x.device)
-        values = _values(x, weight, bias, ctx.activation, ctx.segments, initial_state)
+        chart: Plan = ctx.chart
+        values = ctx.prepared | _rows("x", x) | {"initial": _initial(initial_state)}
         d_x = torch.empty(T, D, dtype=x.dtype, device=x.device)
         d_weights = torch.empty(chart.runs.shape[0], W + 1, D, dtype=torch.float32, device=x.device)
         d_windows = torch.empty(S * (W - 1), D, dtype=torch.float32, device=x.device)
@@ -139,6 +142,7 @@ class CausalConv1d(torch.autograd.Function):
             None,
             None,
             None if d_initial is None else d_initial.view(S, W - 1, D).transpose(1, 2).to(initial_state.dtype),
+            None,
         )
 
 
@@ -147,30 +151,27 @@ def _rows(name: str, value: Tensor) -> dict[str, Any]:
     return {name: value, f"{name}_stride": value.stride(0)}
 
 
-def _values(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    segments: Segments,
-    initial_state: Tensor | None,
-) -> dict[str, Any]:
-    chart = plan(segments, weight.shape[1] - 1, x.device)
-    initial = None if initial_state is None else initial_state.float().transpose(1, 2).flatten(0, 1).contiguous()
-    return _rows("x", x) | {
+def _initial(initial_state: Tensor | None) -> Tensor | None:
+    """`[S, D, W - 1]` -> fp32 `[S * (W - 1), D]`."""
+    return None if initial_state is None else initial_state.float().transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _prepared(weight: Tensor, bias: Tensor | None, activation: str | None, chart: Plan) -> dict[str, Any]:
+    """What both directions are given alike."""
+    return {
         "weight": weight.float().T.contiguous(),
         "bias": None if bias is None else bias.float().contiguous(),
         "runs": chart.runs,
         "windows": chart.windows,
-        "initial": initial,
-        "num_channels": x.shape[1],
+        "num_channels": weight.shape[0],
         "silu": activation == "silu",
     }
 
 
 def _launch(kernel: str, values: dict[str, Any], x: Tensor, weight: Tensor) -> None:
-    macros = (("IO", IO[x.dtype]), ("W", weight.shape[1]), ("VEC", _vector(x, values)))
-    blocks = -(-x.shape[1] // (THREADS * _vector(x, values)))
+    vector = _vector(x, values)
+    macros = (("IO", IO[x.dtype]), ("W", weight.shape[1]), ("VEC", vector))
+    blocks = -(-x.shape[1] // (THREADS * vector))
     module(macros, x.device).launch(kernel, (values["runs"].shape[0], blocks), THREADS, values)
 
 
@@ -207,7 +208,7 @@ def _hand_back(crossing: Crossing, gradients: Tensor, d_x: Tensor, d_initial: Te
         add_rows(d_initial, crossing.initial, gradients[crossing.initial_rows])
 
 
-def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor]:
+def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor | None]:
     """CUDA backend; arguments as `mambalign.ops.reference.causal_conv1d`."""
     y, final_state = CausalConv1d.apply(*args)
     return y, final_state

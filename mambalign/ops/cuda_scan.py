@@ -21,6 +21,7 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
+from mambalign.ops.backends import send
 from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments
 
@@ -122,8 +124,8 @@ def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> P
         return _walk(units, lengths, max(1, -(-4 * held // blocks)), device)
 
     return Plan(
-        torch.tensor(rows, dtype=torch.int32).view(-1, 8).to(device),
-        torch.tensor(joined, dtype=torch.int32).to(device),
+        send(torch.tensor(rows, dtype=torch.int32).view(-1, 8), device),
+        send(torch.tensor(joined, dtype=torch.int32), device),
         walk(range(len(begins))),
         walk([u for u in joined if has_child[u]]),
         walk([u for u in joined if parents[u] >= 0]),
@@ -145,7 +147,7 @@ def _walk(units: Sequence[int], lengths: Sequence[int], most: int, device: torch
         heapq.heappush(loads, (load + lengths[unit], row))
     starts = [0, *itertools.accumulate(len(row) for row in rows)]
     flat = list(itertools.chain.from_iterable(rows))
-    return Walk(torch.tensor(starts, dtype=torch.int32).to(device), torch.tensor(flat, dtype=torch.int32).to(device))
+    return Walk(*(send(torch.tensor(numbers, dtype=torch.int32), device) for numbers in (starts, flat)))
 
 
 def unavailable(device: torch.device, A: Tensor | None = None, *others: Tensor | None) -> str | None:
@@ -159,54 +161,105 @@ def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:
     return nvrtc.module(SOURCE, macros, device)
 
 
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _Call:
-    """One call's kernels, plan and parameters: what its forward and its backward pass share."""
+class _Problem:
+    """What the passes of one call share. It holds no token tensors: autograd keeps those, and may drop them.
+
+    Small models are bound by the host, so what can be prepared once for both directions is.
+    """
 
     def __init__(
         self,
         tokens: dict[str, Tensor],
         A: Tensor,
-        segments: Segments,
-        vectors: dict[str, Tensor | None],
+        D: Tensor | None,
+        delta_bias: Tensor | None,
         softplus: bool,
-        held: int,
+        segments: Segments,
     ):
         u = tokens["u"]
         (self.T, self.D), self.N = u.shape, A.shape[1]
         self.Dp = _up(self.D, LANES * WARPS)
         self.blocks = self.Dp // (LANES * WARPS)
-        self.device, self.dtype = u.device, u.dtype
-        self.softplus = softplus
-        self.plan = plan(segments, self.blocks, held * _multiprocessors(self.device), self.device)
-        self.values: dict[str, Any] = {
-            "A": self.padded(A.float()[None] * LOG2_E),
-            "units": self.plan.units,
-            "joined": self.plan.joined,
+        self.device, self.segments = u.device, segments
+        # One element type for all: where they differ, the widest keeps every bit.
+        self.dtype = u.dtype if all(t.dtype == u.dtype for t in tokens.values()) else torch.float32
+        rates = self._states(1)
+        torch.mul(A.float().T, LOG2_E, out=rates[0, : self.N, : self.D])
+        self._shared = {
+            "A": rates,
+            "D": self._vector(D),
+            "bias": self._vector(delta_bias),
             "num_channels": self.D,
             "padded_channels": self.Dp,
             "num_states": self.N,
             "num_tokens": self.T,
             "num_blocks": self.blocks,
-            "num_joined": self.plan.joined.numel(),
         }
-        self.add_tokens(**tokens)
-        for name, value in vectors.items():
-            self.values[name] = None if value is None else torch.nn.functional.pad(value.float(), (0, self.Dp - self.D))
+        self._module = module(self._macros(tokens, softplus), self.device)
 
-    def add_tokens(self, **tensors: Tensor) -> None:
+    def _macros(self, tokens: dict[str, Tensor], softplus: bool) -> tuple[tuple[str, int], ...]:
+        laid = self.laid(tokens)
+        strides = {name: laid.get(f"{name}_stride", self.D) for name in ("u", "delta", "z", "d_out")}
+        # Whether four neighbours can be read at once, anywhere in the rows.
+        aligned = {
+            name: laid[name].data_ptr() % (4 * laid[name].itemsize) == 0 and laid[f"{name}_stride"] % 4 == 0
+            for name in tokens
+        }
+        rows = self.N == STATES and aligned.pop("B") and aligned.pop("C")
+        macros = {"IO": IO[self.dtype], "GATED": "z" in tokens, "SOFTPLUS": softplus, "WARPS": WARPS}
+        macros |= {"ALIGNED_ROWS": rows, "ALIGNED_TOKENS": self.D % 4 == 0 and all(aligned.values())}
+        if STATIC:
+            macros |= {"STATIC": 1, "STATIC_WIDTH": self.D} | {f"STATIC_{name}": n for name, n in strides.items()}
+        return tuple((name, int(value)) for name, value in macros.items())
+
+    def laid(self, tokens: dict[str, Tensor]) -> dict[str, Any]:
         """Token tensors in the call's dtype, with the row stride of each."""
-        for name, value in tensors.items():
+        values: dict[str, Any] = {}
+        for name, value in tokens.items():
             value = value.to(self.dtype)
             value = value if value.stride(1) == 1 else value.contiguous()
-            self.values |= {name: value, f"{name}_stride": value.stride(0)}
+            values[name], values[f"{name}_stride"] = value, value.stride(0)
+        return values
 
-    def padded(self, states: Tensor) -> Tensor:
+    def laid_gradient(self, d_out: Tensor) -> dict[str, Any]:
+        """The same of y's gradient, in the layout that the kernels were compiled for."""
+        d_out = d_out.to(self.dtype).contiguous()
+        d_out = d_out if d_out.data_ptr() % (4 * d_out.itemsize) == 0 else d_out.clone()
+        return {"d_out": d_out, "d_out_stride": self.D}
+
+    def plan(self, held: int) -> Plan:
+        return plan(self.segments, self.blocks, held * _multiprocessors(self.device), self.device)
+
+    def values(self, plan: Plan) -> dict[str, Any]:
+        """What every pass with this plan is given."""
+        joined, sums = plan.joined.numel(), torch.empty(plan.joined.numel(), self.Dp, device=self.device)
+        spaces = {"starts": self.states(joined), "ends": self.states(joined), "sums": sums} if joined else {}
+        return self._shared | spaces | {"units": plan.units, "joined": plan.joined, "num_joined": joined}
+
+    def _vector(self, value: Tensor | None) -> Tensor | None:
+        """`[D]` -> fp32 `[Dp]`."""
+        if value is None or self.Dp == self.D:
+            return None if value is None else value.float().contiguous()
+        return torch.nn.functional.pad(value.float(), (0, self.Dp - self.D))
+
+    def states(self, rows: int) -> Tensor:
+        return torch.empty(rows, STATES, self.Dp, dtype=torch.float32, device=self.device)
+
+    def _states(self, rows: int) -> Tensor:
+        """Zero where no state or channel is."""
+        full = self.N == STATES and self.Dp == self.D
+        return self.states(rows) if full else self.states(rows).zero_()
+
+    def padded(self, states: Tensor | None) -> Tensor | None:
         """`[R, D, N]` -> fp32 `[R, 16, Dp]`."""
-        out = torch.zeros(states.shape[0], STATES, self.Dp, dtype=torch.float32, device=self.device)
+        if states is None:
+            return None
+        out = self._states(states.shape[0])
         out[:, : self.N, : self.D] = states.transpose(1, 2)
         return out
 
@@ -214,41 +267,22 @@ class _Call:
         """`[R, 16, Dp]` -> `[R, D, N]`."""
         return states[:, : self.N, : self.D].transpose(1, 2)
 
-    def states(self, rows: int) -> Tensor:
-        return torch.empty(rows, STATES, self.Dp, dtype=torch.float32, device=self.device)
-
     def tokens(self) -> Tensor:
         return torch.empty(self.T, self.D, dtype=self.dtype, device=self.device)
 
-    def walk(self, kernel: str, walk: Walk) -> None:
-        values = self.values | {"item_starts": walk.starts, "item_units": walk.units}
-        self.launch(kernel, (self.blocks, walk.rows), 32 * WARPS, values)
+    def walk(self, kernel: str, walk: Walk, values: dict[str, Any]) -> None:
+        values = values | {"item_starts": walk.starts, "item_units": walk.units}
+        self._module.launch(kernel, (self.blocks, walk.rows), 32 * WARPS, values)
 
-    def launch(self, kernel: str, grid: tuple[int, int], threads: int, values: dict[str, Any]) -> None:
-        macros = {"IO": IO[self.dtype], "GATED": "z" in self.values, "SOFTPLUS": self.softplus, "WARPS": WARPS}
-        macros["ALIGNED_ROWS"] = self.N == STATES and all(self.aligned(name) for name in ("B", "C"))
-        tokens = [name for name in ("u", "delta", "z", "d_out") if name in self.values]
-        macros["ALIGNED_TOKENS"] = self.D % 4 == 0 and all(self.aligned(name) for name in tokens)
-        if STATIC:
-            # What a pass does not read has the usual length, so that both passes share one build.
-            strides = {n: self.values.get(f"{n}_stride", self.D) for n in ("u", "delta", "z", "d_out")}
-            macros |= {"STATIC": 1, "STATIC_WIDTH": self.D} | {f"STATIC_{name}": n for name, n in strides.items()}
-        key = tuple((name, int(value)) for name, value in macros.items())
-        module(key, self.device).launch(kernel, grid, threads, values)
+    def join(self, kernel: str, values: dict[str, Any]) -> None:
+        if values["num_joined"]:
+            self._module.launch(kernel, (-(-STATES * self.Dp // 128), 1), 128, values)
 
-    def aligned(self, name: str) -> bool:
-        """Whether four neighbours can be read at once anywhere in the rows of a token tensor."""
-        rows = self.values[name]
-        return rows.data_ptr() % (4 * rows.itemsize) == 0 and rows.stride(0) % 4 == 0
-
-    def join(self, kernel: str) -> None:
-        if self.plan.joined.numel():
-            self.launch(kernel, (-(-STATES * self.Dp // 128), 1), 128, self.values)
-
-    def add_workspace(self) -> None:
-        joined = self.plan.joined.numel()
-        sums = torch.empty(joined, self.Dp, dtype=torch.float32, device=self.device)
-        self.values |= {"starts": self.states(joined), "ends": self.states(joined), "sums": sums}
+    def sum_BC(self, values: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """dB and dC `[T, N]` from the shares of all blocks."""
+        d_B, d_C = torch.empty(2, self.T, STATES, dtype=self.dtype, device=self.device).unbind(0)
+        self._module.launch("sum_BC", (-(-self.T * 8 // 128), 1), 128, values | {"d_B": d_B, "d_C": d_C})
+        return d_B[:, : self.N], d_C[:, : self.N]
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -268,84 +302,66 @@ class SelectiveScan(torch.autograd.Function):
         delta_softplus: bool,
         segments: Segments,
         initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        call = _call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, FORWARD_BLOCKS)
-        if initial_state is not None:
-            call.values["initial"] = call.padded(initial_state)
-        call.add_workspace()
-        call.walk("scan_heads", call.plan.heads)
-        call.join("join_forward")
-        y = call.tokens()
-        checkpoints, finals = call.states(call.plan.checkpoints), call.states(segments.num_segments)
-        call.values |= {"y": y, "checkpoints": checkpoints, "finals": finals}
-        call.walk("scan_forward", call.plan.all)
+        output_final_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens = _tokens(u, delta, B, C, z)
+        problem = _Problem(tokens, A, D, delta_bias, delta_softplus, segments)
+        plan = problem.plan(FORWARD_BLOCKS)
+        y, checkpoints = problem.tokens(), problem.states(plan.checkpoints)
+        finals = problem.states(segments.num_segments) if output_final_state else None
+        values = problem.values(plan) | problem.laid(tokens) | {"initial": problem.padded(initial_state)}
+        values |= {"y": y, "checkpoints": checkpoints, "finals": finals}
+        problem.walk("scan_heads", plan.heads, values)
+        problem.join("join_forward", values)
+        problem.walk("scan_forward", plan.all, values)
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints)
-        ctx.delta_softplus, ctx.segments = delta_softplus, segments
+        ctx.problem = problem
         ctx.set_materialize_grads(False)
-        return y.to(u.dtype), call.unpadded(finals)
+        return y.to(u.dtype), None if finals is None else problem.unpadded(finals)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_finals: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints = ctx.saved_tensors
-        call = _call(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, ctx.segments, BACKWARD_BLOCKS)
-        call.add_tokens(d_out=torch.zeros_like(u) if d_out is None else d_out)
-        call.add_workspace()
-        call.values["d_final"] = None if d_finals is None else call.padded(d_finals)
-        call.walk("scan_tails", call.plan.tails)
-        call.join("join_backward")
-        items = call.plan.all.rows
-        grads = {
-            name: torch.empty(call.T, call.D, dtype=call.dtype, device=u.device) for name in ("d_u", "d_delta", "d_z")
-        }
-        d_BC = torch.empty(call.blocks, call.T, 2 * STATES, dtype=torch.float32, device=u.device)
-        d_A = call.states(items)
-        d_D, d_bias = (torch.empty(items, call.Dp, dtype=torch.float32, device=u.device) for _ in range(2))
+        problem: _Problem = ctx.problem
+        plan = problem.plan(BACKWARD_BLOCKS)
+        values = problem.values(plan) | problem.laid(_tokens(u, delta, B, C, z))
+        values |= problem.laid_gradient(torch.zeros_like(u) if d_out is None else d_out)
+        values |= {"d_final": problem.padded(d_finals), "checkpoints": checkpoints}
+        problem.walk("scan_tails", plan.tails, values)
+        problem.join("join_backward", values)
+        grads = {name: problem.tokens() for name in ("d_u", "d_delta", "d_z") if name != "d_z" or z is not None}
+        # Of every item: 16 rows of A, one of D, one of the bias.
+        d_vectors = torch.empty(plan.all.rows, STATES + 2, problem.Dp, dtype=torch.float32, device=u.device)
+        d_BC = torch.empty(problem.blocks, problem.T, 2 * STATES, dtype=torch.float32, device=u.device)
         d_initial = None
         if initial_state is not None:
-            d_initial = torch.zeros(ctx.segments.num_segments, STATES, call.Dp, dtype=torch.float32, device=u.device)
-        call.values |= grads | {"checkpoints": checkpoints, "d_BC": d_BC, "d_A": d_A, "d_D": d_D, "d_bias": d_bias}
-        call.values["d_initial"] = d_initial
-        call.walk("scan_backward", call.plan.all)
-        d_B, d_C = (torch.empty(call.T, STATES, dtype=call.dtype, device=u.device) for _ in range(2))
-        call.launch("sum_BC", (-(-call.T * 8 // 128), 1), 128, call.values | {"d_BC": d_BC, "d_B": d_B, "d_C": d_C})
+            d_initial = problem.states(ctx.problem.segments.num_segments).zero_()
+        values |= grads | {"d_BC": d_BC, "d_vectors": d_vectors, "d_initial": d_initial}
+        problem.walk("scan_backward", plan.all, values)
+        d_B, d_C = problem.sum_BC(values)
+        shares = d_vectors.sum(0)
         return (
             grads["d_u"].to(u.dtype),
             grads["d_delta"].to(delta.dtype),
-            call.unpadded(d_A.sum(0, keepdim=True))[0].to(A.dtype),
-            d_B[:, : call.N].to(B.dtype),
-            d_C[:, : call.N].to(C.dtype),
-            None if D is None else d_D.sum(0)[: call.D].to(D.dtype),
+            problem.unpadded(shares[None, :STATES])[0].to(A.dtype),
+            d_B.to(B.dtype),
+            d_C.to(C.dtype),
+            None if D is None else shares[STATES, : problem.D].to(D.dtype),
             None if z is None else grads["d_z"].to(z.dtype),
-            None if delta_bias is None else d_bias.sum(0)[: call.D].to(delta_bias.dtype),
+            None if delta_bias is None else shares[STATES + 1, : problem.D].to(delta_bias.dtype),
             None,
             None,
-            None if d_initial is None else call.unpadded(d_initial).to(initial_state.dtype),
+            None if d_initial is None else problem.unpadded(d_initial).to(initial_state.dtype),
+            None,
         )
 
 
-def _call(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    segments: Segments,
-    held: int,
-) -> _Call:
-    tokens = {"u": u, "delta": delta, "B": B, "C": C} | ({} if z is None else {"z": z})
-    # One element type for all: where they differ, the widest keeps every bit.
-    dtypes = {t.dtype for t in tokens.values()}
-    if len(dtypes) > 1:
-        tokens = {name: value.float() for name, value in tokens.items()}
-    return _Call(tokens, A, segments, {"D": D, "bias": delta_bias}, delta_softplus, held)
+def _tokens(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> dict[str, Tensor]:
+    return {"u": u, "delta": delta, "B": B, "C": C} | ({} if z is None else {"z": z})
 
 
-def selective_scan(*args: Any) -> tuple[Tensor, Tensor]:
+def selective_scan(*args: Any) -> tuple[Tensor, Tensor | None]:
     """CUDA backend; arguments as `mambalign.ops.reference.selective_scan`."""
     y, final_state = SelectiveScan.apply(*args)
     return y, final_state

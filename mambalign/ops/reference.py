@@ -30,6 +30,7 @@ def selective_scan(
     delta_softplus: bool,
     segments: Segments,
     initial_state: Tensor | None,
+    output_final_state: bool = True,  # it costs nothing here, and comes in any case
 ) -> tuple[Tensor, Tensor]:
     """Equations (2a, 2b) of arXiv 2312.00752 with the paper's discretisation (section 3.2), one token at a time."""
     dtype = compute_dtype(u, delta, A, B, C, initial_state)
@@ -67,6 +68,7 @@ def causal_conv1d(
     activation: str | None,
     segments: Segments,
     initial_state: Tensor | None,
+    output_final_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`y[t] = act(bias + sum_j weight[:, j] * x[t - (W - 1) + j])` along each token's own path."""
     dtype = compute_dtype(x, weight, initial_state)

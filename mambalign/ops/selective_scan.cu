@@ -45,7 +45,7 @@ struct Params {
   io *y, *d_u, *d_delta, *d_z;          // contiguous [T, D]
   float4* d_BC;                         // [blocks, T, 8]: dB and dC of every block's channels, in the order of `add`
   io *d_B, *d_C;                        // [T, 16]
-  float *d_A, *d_D, *d_bias;            // one row an item: [items, 16, Dp], [items, Dp], [items, Dp]
+  float* d_vectors;                     // [items, 16 + 2, Dp]: the share of every item in dA, dD and the bias' gradient
   float* d_initial;                     // [S, 16, Dp]
   i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined;
 };
@@ -289,7 +289,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
       }
       __syncthreads();
     }
-    float* last = OUTPUT ? (unit.is_last ? p.finals + unit.segment * N * Dp : 0) : p.ends + unit.slot * N * Dp;
+    float* last = OUTPUT ? (unit.is_last && p.finals ? p.finals + unit.segment * N * Dp : 0) : p.ends + unit.slot * N * Dp;
     if (last) store_states(last, h, lane, Dp);
     if (!OUTPUT && lane.half == 0) p.sums[unit.slot * Dp + lane.channel] = sum;
   }
@@ -576,10 +576,10 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
     }
     if (p.d_initial && unit.parent < 0) store_states(p.d_initial + unit.segment * N * Dp, g, lane, Dp);
   }
-  store_states(p.d_A + blockIdx.y * N * Dp, d_A, lane, Dp);
-  d_D += from_lane_xor(d_D, 4), d_bias += from_lane_xor(d_bias, 4);
-  p.d_D[blockIdx.y * Dp + lane.channel] = d_D;
-  p.d_bias[blockIdx.y * Dp + lane.channel] = d_bias;
+  float* share = p.d_vectors + blockIdx.y * (N + 2) * Dp;
+  store_states(share, d_A, lane, Dp);
+  const float all_d_D = d_D + from_lane_xor(d_D, 4), all_d_bias = d_bias + from_lane_xor(d_bias, 4);
+  share[(N + lane.half) * Dp + lane.channel] = lane.half ? all_d_bias : all_d_D;
 }
 
 // dB and dC from those of every block, in a fixed order. One thread a (token, float4).

@@ -70,8 +70,12 @@ def selective_scan(
     segments = whole(u.shape[0]) if segments is None else segments
     _check(u, delta, A, B, C, D, z, delta_bias, segments, initial_state)
     run = BACKENDS[select_backend(backend, u.device, A, u, delta, B, C, D, z, delta_bias, initial_state)[0]]
-    y, final_state = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, initial_state)
-    return (y, final_state) if output_final_state else y
+    inputs = u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, initial_state
+    y, final_state = run(*inputs, output_final_state)
+    if not output_final_state:
+        return y
+    assert final_state is not None
+    return y, final_state
 
 
 def _check(

@@ -20,37 +20,73 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 class TokenLogps(torch.autograd.Function):
     """A chunk of rows at a time; the backward pass makes the chunk's logits again instead of keeping them.
 
+    With `summed` the gradient of the sum is made at once, while the logits are there: a quarter of the matrix products
+    less. That is all a backward pass needs whose gradients are one number for all rows, which autograd hands on as a
+    tensor of stride 0; for any other it starts anew.
+
     `rows`: the module with the two row-wise functions, `forward` and `backward_`.
     """
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, rows: Any) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, rows: Any, summed: bool
+    ) -> Tensor:
         logps = torch.empty(labels.shape[0], dtype=compute_dtype(hidden, weight), device=hidden.device)
         log_z = torch.empty_like(logps)
+        ctx.chunk_size, ctx.rows = chunk_size, rows
+        summed = summed and any(ctx.needs_input_grad) and labels.shape[0] > 0
+        gradients = _Gradients(ctx, hidden, weight) if summed else None
         for start in range(0, labels.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
-            logps[chunk], log_z[chunk] = rows.forward(_logits(hidden[chunk], weight), labels[chunk])
-        ctx.save_for_backward(hidden, weight, labels, log_z)
-        ctx.chunk_size, ctx.rows = chunk_size, rows
+            logits = _logits(hidden[chunk], weight)
+            logps[chunk], log_z[chunk] = rows.forward(logits, labels[chunk])
+            if gradients is not None:
+                gradients.add(chunk, rows.backward_(logits, labels[chunk], log_z[chunk], torch.ones_like(log_z[chunk])))
+        ready = (None, None) if gradients is None else (gradients.hidden, gradients.weight)
+        ctx.save_for_backward(hidden, weight, labels, log_z, *ready)
+        ctx.summed = summed
         return logps
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, labels, log_z = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
+        hidden, weight, labels, log_z, d_hidden, d_weight = ctx.saved_tensors
+        if ctx.summed and d_logps.stride() == (0,):
+            scale = d_logps[:1]
+            d_hidden = None if d_hidden is None else (d_hidden * scale).to(hidden.dtype)
+            d_weight = None if d_weight is None else (d_weight * scale).to(weight.dtype)
+            return d_hidden, d_weight, None, None, None, None
+        gradients = _Gradients(ctx, hidden, weight)
         for start in range(0, labels.shape[0], ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             logits = _logits(hidden[chunk], weight)
-            d_logits = ctx.rows.backward_(logits, labels[chunk], log_z[chunk], d_logps[chunk])
-            if d_hidden is not None:
-                d_hidden[chunk] = (d_logits @ weight.to(d_logits.dtype)).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight += d_logits.T @ hidden[chunk].to(d_logits.dtype)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+            gradients.add(chunk, ctx.rows.backward_(logits, labels[chunk], log_z[chunk], d_logps[chunk]))
+        d_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
+        return gradients.hidden, d_weight, None, None, None, None
+
+
+class _Gradients:
+    """Of hidden states, row by row, and of the weight, summed in fp32 (fp64), where they are wanted."""
+
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor):
+        self._hidden, self._weight = hidden, weight
+        self.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dtype = compute_dtype(hidden, weight)
+        self.weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+
+    def add(self, chunk: slice, d_logits: Tensor) -> None:
+        if self.hidden is not None:
+            self.hidden[chunk] = (d_logits @ self._weight.to(d_logits.dtype)).to(self.hidden.dtype)
+        if self.weight is None:
+            return
+        hidden = self._hidden[chunk].to(d_logits.dtype)
+        if d_logits.device.type == "cuda" and d_logits.dtype != self.weight.dtype:
+            # Added up in fp32 within the product: no rounding to 16 bits, and a pass over the weight less.
+            torch.addmm(self.weight, d_logits.T, hidden, out_dtype=self.weight.dtype, out=self.weight)
+        else:
+            self.weight += d_logits.T @ hidden
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -59,17 +95,17 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.to(common) @ weight.to(common).T
 
 
-def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, summed: bool) -> Tensor:
     return reference.token_logps(hidden, weight, labels)
 
 
-def _torch(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
-    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size, torch_logps)
+def _torch(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, summed: bool) -> Tensor:
+    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size, torch_logps, summed)
     return logps
 
 
-def _cuda(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
-    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size, cuda_logps)
+def _cuda(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, summed: bool) -> Tensor:
+    logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size, cuda_logps, summed)
     return logps
 
 
@@ -86,7 +122,12 @@ def select_backend(backend: str, device: torch.device, *inputs: Tensor | None) -
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None = None, backend: str = "auto"
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+    summed: bool = False,
 ) -> Tensor:
     """`log softmax(hidden @ weight.T)[label]` of every row.
 
@@ -95,6 +136,8 @@ def token_logps(
         weight: `[V, H]`, the head. labels: int64 `[T]`, -100 for rows without one.
         chunk_size: rows whose logits exist at a time; None chooses by device.
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
+        summed: only the sum of the result will matter, so its gradient may be made in the forward pass, which spares
+            making the logits twice. Gradients are right in any case; of anything but the sum they take longer.
 
     Returns:
         `[T]` in fp32 (fp64 for fp64 inputs), 0 where the label is -100. Gradients flow to `hidden` and `weight`.
@@ -122,4 +165,4 @@ def token_logps(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     held = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
     rows = chunk_size or max(1, held // weight.shape[0])
-    return BACKENDS[select_backend(backend, hidden.device, hidden, weight)[0]](hidden, weight, labels, rows)
+    return BACKENDS[select_backend(backend, hidden.device, hidden, weight)[0]](hidden, weight, labels, rows, summed)

@@ -157,5 +157,5 @@ def _convolve(
 
 def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor]:
     """PyTorch backend; arguments as `mambalign.ops.reference.causal_conv1d`."""
-    y, final_state = CausalConv1d.apply(*args)
+    y, final_state = CausalConv1d.apply(*args[:-1])  # the last state comes in any case
     return y, final_state

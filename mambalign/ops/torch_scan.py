@@ -324,5 +324,5 @@ def _reverse(decay: tuple[Tensor, ...], d_h: tuple[Tensor, ...], carry: Tensor) 
 
 def selective_scan(*args: Any) -> tuple[Tensor, Tensor]:
     """Chunked PyTorch backend; arguments as `mambalign.ops.reference.selective_scan`."""
-    y, final_state = SelectiveScan.apply(*args)
+    y, final_state = SelectiveScan.apply(*args[:-1])  # the last state comes in any case
     return y, final_state

@@ -52,7 +52,9 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Objective(Protocol):
-    """What to make of the log-probs of a batch's targets."""
+    """What to make of the log-probs of a batch's targets. `summed`: nothing but their sum goes into the loss."""
+
+    summed: bool
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -69,6 +71,7 @@ class SequenceObjective:
     """Continued pre-training and SFT: cross-entropy of the trained tokens."""
 
     metrics = ("loss", "perplexity")
+    summed = True
 
     def items(self, batch: PackedBatch) -> int:
         return batch.num_targets
@@ -80,6 +83,8 @@ class SequenceObjective:
 
 class PreferenceObjective:
     """DPO and its kin. `reference[split]` is `[N, 2]`: log-probs of chosen and rejected under the initial weights."""
+
+    summed = False
 
     def __init__(self, options: PreferenceOptions, reference: dict[str, Tensor]):
         self.options, self.reference = options, reference
@@ -104,13 +109,14 @@ class PreferenceObjective:
         return losses.sum(), preference_metrics(chosen, rejected, losses, self.options)
 
 
-def target_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+def target_logps(model: nn.Module, batch: PackedBatch, summed: bool = False) -> Tensor:
     """fp32 `[M]` log-probs of the batch's targets: the one place where training meets the model."""
     output = model(
         input_ids=batch.input_ids[None],
         segments=batch.segments,
         target_positions=batch.target_positions,
         target_ids=batch.target_ids,
+        targets_summed=summed,
         use_cache=False,
     )
     logps: Tensor = output.logps
@@ -183,7 +189,8 @@ class PackedTrainer(Trainer):
 
     def _forward_backward(self, model: nn.Module, batch: PackedBatch, num_items: Any) -> Tensor:
         with self.compute_loss_context_manager():
-            loss, sums = self.objective(target_logps(model, batch), batch, "train")
+            logps = target_logps(model, batch, self.objective.summed)
+            loss, sums = self.objective(logps, batch, "train")
         # DDP averages gradients over processes; the count is over all of them, so put the sum back.
         loss = loss * self.accelerator.num_processes / num_items
         if not bool(torch.isfinite(loss)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -407,3 +408,38 @@ def test_windows_and_predecessors() -> None:
     assert segments.windows(3)[0].tolist() == [-1, -2, -3]  # rows 0, 1, 2 of the initial windows, oldest first
     assert segments.final_windows(3)[2].tolist() == [0, 1, 2]
     assert segments.levels == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("use", ["sum", "scaled sum", "mean", "weighted", "one row"])
+def test_token_logps_of_which_only_the_sum_matters(use: str, backend: str) -> None:
+    """The gradient made in the forward pass, and the way back from it where it is not what is wanted."""
+    hidden, weight = torch.randn(37, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    labels = torch.randint(50, (37,))
+    labels[::7] = -100
+    if use == "one row":
+        hidden, labels = hidden[1:2], labels[1:2]
+    uses = {
+        "sum": Tensor.sum,
+        "scaled sum": lambda logps: -3 * logps.sum() / 5,
+        "mean": Tensor.mean,
+        "weighted": lambda logps: (logps * torch.linspace(-1, 2, logps.numel())).sum(),
+        "one row": lambda logps: logps.sin().sum(),
+    }
+    results = []
+    for summed in (True, False):
+        inputs = [t.clone().requires_grad_() for t in (hidden, weight)]
+        logps = token_logps(*inputs, labels, chunk_size=8, backend=backend, summed=summed)
+        results.append((logps.detach(), *torch.autograd.grad(uses[use](logps), inputs)))
+    for ours, plain in zip(*results, strict=True):
+        assert relative_error(ours, plain) < 1e-14
+
+
+def test_token_logps_of_a_sum_are_not_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = token_logps(hidden, weight, torch.arange(9) % 7, summed=True).sum()
+    monkeypatch.setattr(importlib.import_module("mambalign.ops.token_logps"), "_logits", None)
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    none = token_logps(hidden[:0], weight, torch.arange(0), summed=True).sum()
+    assert not torch.autograd.grad(none, weight)[0].any()
