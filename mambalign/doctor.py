@@ -19,6 +19,7 @@ REQUIRED = (
 # What each adds here; none is needed for training on a CPU or one GPU.
 OPTIONAL = {
     "cuda-bindings": "GPU kernels",
+    "fla-core": "GPU kernels of Mamba-2's scan",
     "bitsandbytes": "8-bit optimizers, 4-bit weights",
     "peft": "adapters",
     "wandb": "report_to: wandb",

@@ -286,9 +286,9 @@ def test_names_of_every_schedule_and_default_are_transformers_own() -> None:
 
 
 def test_backends_of_a_recipe_are_those_of_the_ops() -> None:
-    from mambalign.ops import causal_conv1d, rms_norm, selective_scan, token_logps
+    from mambalign.ops import causal_conv1d, rms_norm, selective_scan, ssd, token_logps
 
-    for op in (selective_scan, causal_conv1d, token_logps, rms_norm):
+    for op in (selective_scan, ssd, causal_conv1d, token_logps, rms_norm):
         assert get_args(key_types()["backend"]) == ("auto", *sys.modules[op.__module__].BACKENDS)
 
 

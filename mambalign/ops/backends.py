@@ -13,19 +13,24 @@ from torch import Tensor
 
 logger = logging.getLogger("mambalign")
 
-OPS = ("selective_scan", "causal_conv1d", "token_logps", "rms_norm")
+SCANS = ("selective_scan", "ssd")  # a model has one of them
+OPS = (*SCANS, "causal_conv1d", "token_logps", "rms_norm")
 REASONS = {"cuda": "kernels compiled for this GPU", "torch": "plain PyTorch, on any device"}
 
 
-def select(op: str, backend: str, available: Mapping[str, Any], no_cuda: str | None) -> tuple[str, str]:
+def select(
+    op: str, backend: str, available: Mapping[str, Any], no_cuda: str | None, cuda: str = REASONS["cuda"]
+) -> tuple[str, str]:
     """Resolve `backend` to (name, reason): a name always wins; "auto" is "cuda" unless `no_cuda` says why it cannot be.
+
+    `cuda` says what that backend is.
 
     Raises:
         ValueError: a name that is not available, naming those that are, or "cuda" where it cannot run.
     """
     if backend == "auto":
         name = "torch" if no_cuda else "cuda"
-        reason = REASONS[name] + (f"; the cuda backend {no_cuda}" if no_cuda else "")
+        reason = f"{REASONS['torch']}; the cuda backend {no_cuda}" if no_cuda else cuda
         _say_once(op, name, reason)
         return name, reason
     if backend not in available:
@@ -35,13 +40,13 @@ def select(op: str, backend: str, available: Mapping[str, Any], no_cuda: str | N
     return backend, "asked for by name"
 
 
-def chosen_backends(backend: str, device: torch.device) -> dict[str, tuple[str, str]]:
-    """(name, reason) for every op: what `select_backend` of its module says of `device`.
+def chosen_backends(backend: str, device: torch.device, ops: tuple[str, ...] = OPS) -> dict[str, tuple[str, str]]:
+    """(name, reason) for each of `ops`: what `select_backend` of its module says of `device`.
 
     Raises:
         ValueError: as `select`.
     """
-    modules = {op: importlib.import_module(f"mambalign.ops.{op}") for op in OPS}
+    modules = {op: importlib.import_module(f"mambalign.ops.{op}") for op in ops}
     return {op: module.select_backend(backend, device) for op, module in modules.items()}
 
 

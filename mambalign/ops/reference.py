@@ -61,6 +61,57 @@ def selective_scan(
     return y.to(out_dtype), final_state
 
 
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    segments: Segments,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of arXiv 2405.21060 (equation 2 with the scalar A of its section 7), one token at a time."""
+    dtype = compute_dtype(x, dt, A, B, C, initial_state)
+    heads = x.shape[1]
+    values, A = x.to(dtype), A.to(dtype)
+    B, C = (t.to(dtype).repeat_interleave(heads // t.shape[1], dim=1) for t in (B, C))
+    step = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
+    zero = values.new_zeros(heads, x.shape[2], B.shape[2])
+    outputs: list[Tensor] = []
+    finals: list[Tensor] = []
+    for segment, parent in enumerate(segments.parent.tolist()):
+        start, end = segments.cu_seqlens[segment : segment + 2].tolist()
+        root = zero if initial_state is None else initial_state[segment].to(dtype)
+        state = finals[parent] if parent >= 0 else root
+        for t in range(start, end):
+            decay = torch.exp(step[t] * A)[:, None, None]
+            state = decay * state + (step[t][:, None] * values[t])[:, :, None] * B[t][:, None, :]
+            outputs.append((state * C[t][:, None, :]).sum(-1))
+        finals.append(state)
+    y = torch.stack(outputs) if outputs else torch.zeros_like(values)
+    if D is not None:
+        y = y + values * D.to(dtype).reshape(heads, -1)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    final_state = torch.stack(finals) if finals else zero.new_zeros(0, *zero.shape)
+    return y.to(x.dtype), final_state
+
+
+def step_size(
+    dt: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float], dtype: torch.dtype
+) -> Tensor:
+    """`clamp(softplus(dt + dt_bias), *limit)` in `dtype`."""
+    step = dt.to(dtype)
+    if dt_bias is not None:
+        step = step + dt_bias.to(dtype)
+    return (F.softplus(step) if softplus else step).clamp(*limit)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

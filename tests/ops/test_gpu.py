@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambalign.ops import Segments, causal_conv1d, rms_norm, selective_scan, token_logps
+from mambalign.ops import Segments, causal_conv1d, fla_ssd, gated_rms_norm, rms_norm, selective_scan, ssd, token_logps
 from tests.ops.test_ops import (
     NORM_CASES,
     TOLERANCE,
@@ -18,6 +18,7 @@ from tests.ops.test_ops import (
     outputs_and_gradients,
     relative_error,
     scan_inputs,
+    ssd_inputs,
 )
 
 pytestmark = pytest.mark.gpu
@@ -98,3 +99,44 @@ def test_norm(width: int) -> None:
 @pytest.mark.parametrize("case", NORM_CASES)
 def test_add_and_norm(case: str, width: int, backend: str) -> None:
     added_and_normed(backend, case, width, "cuda")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_ssd(tree: str, dtype: torch.dtype, backend: str) -> None:
+    segments = Segments.from_lengths(*TREES[tree])
+    inputs = ssd_inputs(segments.num_tokens, segments.num_segments, dtype, H=4, P=64, G=2, N=32)
+    options: dict[str, Any] = {"segments": segments, "dt_softplus": True, "dt_limit": (0.1, 1.5)}
+    if backend == "cuda":
+        missing = fla_ssd.unavailable(torch.device("cuda"))
+        if missing:
+            pytest.skip(f"the cuda backend {missing}")
+        if dtype == torch.float32:
+            with pytest.raises(ValueError, match="takes 16-bit x"):
+                ssd(**on_gpu(inputs), backend=backend, **options)
+            return
+    theirs = outputs_and_gradients(ssd, exact(inputs), backend="reference", **options)
+    first, second = (projected(ssd, on_gpu(inputs), backend=backend, **options) for _ in range(2))
+    # fla's kernels round weighted inputs and, for the outputs, the states between chunks to 16 bits.
+    assert_same(first, theirs, TOLERANCE[dtype] * (2 if backend == "cuda" else 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("shift", [-6.0, -2.0, 2.0], ids=["long memory", "usual memory", "short memory"])
+def test_long_ssd(shift: float) -> None:
+    segments = Segments.from_lengths([5000, 3000, 300], [-1, 0, 0])
+    inputs = ssd_inputs(8300, 3, torch.float32, H=4, P=64, G=1, N=128)
+    inputs["dt_bias"] = (inputs["dt_bias"] + shift).detach()
+    options = {"segments": segments, "dt_softplus": True, "backend": "torch"}
+    assert_same(projected(ssd, on_gpu(inputs), **options), projected(ssd, on_gpu(exact(inputs)), **options), 1e-5)
+
+
+def test_gated_norm() -> None:
+    inputs = [torch.randn(130, 512, requires_grad=True), torch.randn(130, 512, requires_grad=True), torch.randn(512)]
+    moved = [t.detach().cuda().requires_grad_() for t in inputs]
+    double = [t.detach().double().requires_grad_() for t in inputs]
+    ours, theirs = (
+        torch.autograd.grad(gated_rms_norm(*given, group_size=128).pow(3).sum(), given) for given in (moved, double)
+    )
+    assert all(relative_error(a.cpu(), b) < 1e-5 for a, b in zip(ours, theirs, strict=True))

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambalign.ops import Segments, add_rms_norm, causal_conv1d, rms_norm, selective_scan, token_logps, torch_scan
+from mambalign.ops import (
+    Segments,
+    add_rms_norm,
+    causal_conv1d,
+    rms_norm,
+    selective_scan,
+    ssd,
+    token_logps,
+    torch_scan,
+    torch_ssd,
+)
 
 TREES = {
     "one": ([17], [-1]),
@@ -52,6 +62,9 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(torch_scan, "MAX_STEPS", 8)
         monkeypatch.setattr(torch_scan, "CPU_STEP", 2 * 5 * 3)
         monkeypatch.setattr(torch_scan, "CPU_TILE", 1)
+        monkeypatch.setattr(torch_ssd, "CHUNK", 4)
+        monkeypatch.setattr(torch_ssd, "CPU_TILE", 1)
+        monkeypatch.setattr(torch_ssd, "CPU_SLACK", 0)
     yield
 
 
@@ -94,6 +107,21 @@ def scan_inputs(T: int, S: int, dtype: torch.dtype, D: int = 5, N: int = 3) -> d
         "z": random(T, D, dtype=dtype),
         "delta_bias": random(D, dtype=state),
         "initial_state": random(S, D, N, dtype=state),
+    }
+
+
+def ssd_inputs(T: int, S: int, dtype: torch.dtype, H: int = 4, P: int = 3, G: int = 2, N: int = 5) -> dict[str, Tensor]:
+    state = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return {
+        "x": random(T, H, P, dtype=dtype),
+        "dt": random(T, H, dtype=dtype),
+        "A": (-torch.rand(H, dtype=torch.float64) * 2 - 0.1).to(state).requires_grad_(),
+        "B": random(T, G, N, dtype=dtype),
+        "C": random(T, G, N, dtype=dtype),
+        "D": random(H, dtype=state),
+        "z": random(T, H, P, dtype=dtype),
+        "dt_bias": random(H, dtype=state),
+        "initial_state": random(S, H, P, N, dtype=state),
     }
 
 
@@ -268,6 +296,7 @@ def test_random_trees(tiles: None) -> None:
         segments = Segments.from_lengths(lengths, parents)
         for op, inputs, options in (
             (selective_scan, scan_inputs(sum(lengths), count, torch.float64), {"delta_softplus": True}),
+            (ssd, ssd_inputs(sum(lengths), count, torch.float64), {"dt_softplus": True}),
             (causal_conv1d, conv_inputs(sum(lengths), count, torch.float64), {"activation": "silu"}),
         ):
             ours = outputs_and_gradients(op, inputs, segments=segments, backend="torch", **options)
@@ -281,7 +310,7 @@ def alone(op: Callable[..., Any], inputs: dict[str, Tensor], segments: Segments,
     while segments.parent[path[0]] >= 0:
         path.insert(0, int(segments.parent[path[0]]))
     tokens = torch.cat([torch.arange(*segments.cu_seqlens[s : s + 2].tolist()) for s in path])
-    per_token = {"u", "delta", "B", "C", "z", "x"}
+    per_token = {"u", "delta", "dt", "B", "C", "z", "x"}
     own = {k: v[tokens] if k in per_token else v for k, v in inputs.items() if k != "initial_state"}
     y: Tensor = op(**own, initial_state=inputs["initial_state"][path[:1]])
     return y[-int(segments.lengths[leaf]) :] if segments.lengths[leaf] else y[:0]
@@ -301,6 +330,7 @@ def packed_equals_alone(segments: Segments, run_on: Segments | None = None) -> f
     worst = 0.0
     for op, inputs in (
         (lambda **k: selective_scan(**k, delta_softplus=True), scan_inputs(segments.num_tokens, S, torch.float64)),
+        (lambda **k: ssd(**k, dt_softplus=True), ssd_inputs(segments.num_tokens, S, torch.float64)),
         (lambda **k: causal_conv1d(**k, activation="silu"), conv_inputs(segments.num_tokens, S, torch.float64)),
     ):
         packed = op(**inputs, segments=run_on or segments)
