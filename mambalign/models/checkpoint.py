@@ -1,8 +1,8 @@
 """Checkpoints in and out: one loader for both layouts, one writer for both, a converter that proves its work.
 
-"hf" is transformers' layout (`MambaForCausalLM`, `FalconMambaForCausalLM`), "mamba-ssm" the original state-spaces one
-(see `original.py`). Loading never leaves a parameter to chance: what is missing, left over or of another shape is an
-error. What is written appears whole or not at all (see `files.replaced_folder`).
+"hf" is transformers' layout (`MambaForCausalLM`, `FalconMambaForCausalLM`, `Mamba2ForCausalLM`), "mamba-ssm" the
+original state-spaces one (see `original.py`). Loading never leaves a parameter to chance: what is missing, left over
+or of another shape is an error. What is written appears whole or not at all (see `files.replaced_folder`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mambalign.models import files, original
-from mambalign.models.mamba import FP32_PARAMETERS, model_class
+from mambalign.models.mamba import FAMILIES, FP32_PARAMETERS, model_class
+from mambalign.models.mamba2 import GATE_FIRST, gated_norm
 from mambalign.recipe import UserError
 
 Layout = Literal["hf", "mamba-ssm"]
 LAYOUTS: tuple[Layout, ...] = ("hf", "mamba-ssm")
-MODEL_TYPES = ("mamba", "falcon_mamba")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _CARRIED_FILES = (
@@ -49,14 +49,14 @@ def load_model(
     device: str | torch.device | None = None,
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a Mamba-1 or Falcon-Mamba from a folder or hub id, in the Hugging Face or the original layout.
+    """Load a Mamba-1, Falcon-Mamba or Mamba-2 from a folder or hub id, in the Hugging Face or the original layout.
 
     Returns our class (a subclass of the transformers one), in eval mode on `device` (default: CPU).
-    dtype: of the weights; "auto" keeps the stored one (the widest, if several). `A_log`, `D` and `dt_proj.bias` are
-    float32 with any half dtype. hf_kwargs go to `from_pretrained` (`cache_dir`, `token`, `device_map`, ...).
+    dtype: of the weights; "auto" keeps the stored one (the widest, if several). `A_log`, `D` and the bias of the step
+    sizes are float32 with any half dtype. hf_kwargs go to `from_pretrained` (`cache_dir`, `token`, `device_map`, ...).
 
-    Raises UserError: no such folder or hub model, not a Mamba, a PEFT adapter, a quantised or Mamba-2 checkpoint,
-    damaged files, and any parameter missing from the weights, unknown to the model or of another shape.
+    Raises UserError: no such folder or hub model, not a Mamba, a PEFT adapter, a quantised checkpoint, damaged files,
+    and any parameter missing from the weights, unknown to the model or of another shape.
 
     >>> model = load_model("state-spaces/mamba-130m")  # doctest: +SKIP
     """
@@ -253,12 +253,15 @@ def _load_hf(
     kind = raw.get("model_type")
     if kind is None:
         raise UserError(f"{source} has neither a model_type nor d_model and n_layer: it describes no Mamba")
-    if kind not in MODEL_TYPES:
-        what = "Mamba-2 is not supported yet" if kind == "mamba2" else "that is not a Mamba this version can train"
-        raise UserError(f"{source}: model_type is {kind!r}; {what} (it can: {', '.join(MODEL_TYPES)})")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{source}: model_type is {kind!r}; that is not a Mamba this version can train (it can: "
+            f"{', '.join(FAMILIES)})"
+        )
     if raw.get("quantization_config"):
         raise UserError(f"{source}: a quantised checkpoint; quantisation is not in this version yet, take the original")
     config = _checked_config(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), source)
+    _checked_config(lambda: gated_norm(config), source)
     weights = files.weight_files(folder)
     stored = _stored_dtype(files.tensor_specs(weights), weights[0])
     return _from_pretrained(folder, config, dtype or stored, weights[0], hf_kwargs)
@@ -376,6 +379,8 @@ def _notes(folder: Path, written: list[Path], layout: Layout) -> tuple[str, ...]
             notes.append("the weights came, and go back, as safetensors; mamba_ssm itself reads only pytorch_model.bin")
         if original.HEAD not in files.tensor_specs(written):
             notes.append("the weights came, and go back, without lm_head.weight, which mamba_ssm itself wants")
+    elif (norm := files.read_json(folder / files.CONFIG).get("gated_norm", GATE_FIRST)) != GATE_FIRST:
+        notes.append(f"plain transformers does not know gated_norm {norm!r} and computes something else without a word")
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         notes.append("no tokenizer came with it; set tokenizer_name_or_path: EleutherAI/gpt-neox-20b")
     return tuple(notes)

@@ -29,8 +29,8 @@ from mambalign.ops.rms_norm import normalised
 
 # The recurrence is an exponential of these; the authors keep them in fp32 whatever the rest is in
 # (https://github.com/state-spaces/mamba#precision), and so do we: on loading, and on any later `.to(dtype)`.
-FP32_PARAMETERS = ("A_log", "D", "dt_proj.bias")
-FP32_PATTERNS = ["A_log", r"mixer\.D$", r"dt_proj\.bias"]
+FP32_PARAMETERS = ("A_log", "D", "dt_proj.bias", "dt_bias")
+FP32_PATTERNS = ["A_log", r"mixer\.D$", r"dt_proj\.bias", "dt_bias"]
 # How other stacks mark a packed row. transformers' Mamba drops these without a word, and its documents leak.
 FOREIGN_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 
@@ -68,8 +68,61 @@ class ResidualRMSNorm(RMSNorm):
         return add_rms_norm(hidden_states, residual, self.weight, eps, dtype, residual_dtype, self.backend)
 
 
-class PackedMixer:
-    """Convolution, projections and scan on packed tokens; mixed into both families' transformers mixer classes."""
+class StatefulMixer:
+    """What the mixers of all families share: their place in a cache, and parameters that stay fp32."""
+
+    fp32_parameters: tuple[str, ...]
+
+    def _read(self: Any, cache_params: Cache | None) -> tuple[Tensor | None, Tensor | None]:
+        """(convolution window, state) of every row of the cache, None where it has none yet."""
+        if cache_params is None or not cache_params.has_previous_state(self.layer_idx):
+            return None, None
+        layer: Any = cache_params.layers[self.layer_idx]
+        return layer.conv_states[0][..., 1:], layer.recurrent_states[0]
+
+    def _write(self: Any, cache_params: Cache | None, conv_state: Tensor | None, ssm_state: Tensor | None) -> None:
+        if cache_params is not None and conv_state is not None:
+            # transformers keeps one column more than the convolution needs; the oldest is never read.
+            padded = nn.functional.pad(conv_state, (1, 0))
+            cache_params.update_conv_state(padded, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+            cache_params.update_recurrent_state(ssm_state, self.layer_idx)
+
+    def _convolve(
+        self: Any,
+        x: Tensor,
+        conv_state: Tensor | None,
+        segments: Segments,
+        recomputation: Recomputation,
+        caching: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(activated convolution of `x`, dropped under selective recomputation; the window after it if `caching`)."""
+        silu = self.activation in ("silu", "swish")
+        convolve = partial(
+            causal_conv1d, activation="silu" if silu else None, segments=segments, initial_state=conv_state,
+            backend=self.backend,
+        )  # fmt: skip
+        inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
+        convolved: Any = convolve(*inputs, output_final_state=caching)
+        x, window = convolved if caching else (convolved, None)
+        recomputation.drop(x, convolve, *inputs)
+        return (x if silu else self.act(x)), window
+
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts like any module, but never below fp32 for `fp32_parameters`."""
+        before = {name: self.get_parameter(name).detach() for name in self.fp32_parameters}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, value in before.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = value.to(parameter.device, torch.float32)
+                parameter.grad = None if parameter.grad is None else parameter.grad.float()
+        return self
+
+
+class PackedMixer(StatefulMixer):
+    """Convolution, projections and scan on packed tokens; mixed into Mamba-1's and Falcon-Mamba's mixer classes."""
+
+    fp32_parameters = ("A_log", "D", "dt_proj.bias")
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -94,25 +147,16 @@ class PackedMixer:
     ) -> Tensor:
         """`[1, T, hidden]` -> `[1, T, hidden]`; with a cache, segment s reads and writes its row s."""
         assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
-        drop = (recomputation or Recomputation(enabled=False)).drop
+        recomputation = recomputation or Recomputation(enabled=False)
         delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
         conv_state, ssm_state = self._read(cache_params)
         caching = cache_params is not None
         x, z = self.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
-        silu = self.activation in ("silu", "swish")
-        convolve = partial(
-            causal_conv1d, activation="silu" if silu else None, segments=segments, initial_state=conv_state,
-            backend=self.backend,
-        )  # fmt: skip
-        conv_inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
-        convolved: Any = convolve(*conv_inputs, output_final_state=caching)
-        x = convolved[0] if caching else convolved
-        drop(x, convolve, *conv_inputs)
-        x = x if silu else self.act(x)
+        x, conv_state = self._convolve(x, conv_state, segments, recomputation, caching)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         low_rank, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
         delta = self.dt_proj(low_rank)
-        drop(delta, self.dt_proj, low_rank, module=self.dt_proj)
+        recomputation.drop(delta, self.dt_proj, low_rank, module=self.dt_proj)
         scanned: Any = selective_scan(
             x,
             delta,
@@ -128,30 +172,10 @@ class PackedMixer:
             output_final_state=caching,
             backend=self.backend,
         )
-        if cache_params is not None:
-            # transformers keeps one column more than the convolution needs; the oldest is never read.
-            padded = nn.functional.pad(convolved[1], (1, 0))
-            cache_params.update_conv_state(padded, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-            cache_params.update_recurrent_state(scanned[1], self.layer_idx)
-        out: Tensor = self.out_proj(scanned[0] if caching else scanned)[None]
+        y, ssm_state = scanned if caching else (scanned, None)
+        self._write(cache_params, conv_state, ssm_state)
+        out: Tensor = self.out_proj(y)[None]
         return out
-
-    def _read(self: Any, cache_params: Cache | None) -> tuple[Tensor | None, Tensor | None]:
-        if cache_params is None or not cache_params.has_previous_state(self.layer_idx):
-            return None, None
-        layer: Any = cache_params.layers[self.layer_idx]
-        return layer.conv_states[0][..., 1:], layer.recurrent_states[0]
-
-    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves and casts like any module, but never below fp32 for `FP32_PARAMETERS`."""
-        before = {name: self.get_parameter(name).detach() for name in FP32_PARAMETERS}
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        for name, value in before.items():
-            parameter = self.get_parameter(name)
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = value.to(parameter.device, torch.float32)
-                parameter.grad = None if parameter.grad is None else parameter.grad.float()
-        return self
 
 
 class MambaMixer(PackedMixer, hf_mamba.MambaMixer):
@@ -243,7 +267,7 @@ def _refuse_foreign_packing(others: dict[str, Any], attention_mask: Tensor | Non
 
 
 class PackedModel:
-    """The backbone; mixed into both families' transformers model classes."""
+    """The backbone; mixed into every family's transformers model class."""
 
     _keep_in_fp32_modules_strict = FP32_PATTERNS
     pretrained_class: type[Any]
@@ -331,7 +355,7 @@ class FalconMambaModel(PackedModel, hf_falcon.FalconMambaModel):
 
 
 class PackedCausalLM:
-    """The language model; mixed into both families' transformers classes."""
+    """The language model; mixed into every family's transformers class."""
 
     _keep_in_fp32_modules_strict = FP32_PATTERNS
     pretrained_class: type[Any]
@@ -455,6 +479,7 @@ class FalconMambaForCausalLM(PackedCausalLM, hf_falcon.FalconMambaForCausalLM):
     pretrained_class, backbone_class = hf_falcon.FalconMambaPreTrainedModel, FalconMambaModel
 
 
+# By model_type; each family's module adds its own.
 FAMILIES: dict[str, type[Any]] = {"mamba": MambaForCausalLM, "falcon_mamba": FalconMambaForCausalLM}
 
 

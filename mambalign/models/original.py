@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import MambaConfig, PreTrainedModel
+from transformers import Mamba2Config, MambaConfig, PretrainedConfig, PreTrainedModel
 
 from mambalign.models.files import CONFIG, SAFETENSORS, TORCH_BIN, TensorSpec
+from mambalign.models.mamba2 import GATE_FIRST, NO_NORM, NORM_FIRST, gated_norm
 from mambalign.recipe import UserError
 
 RECORD = "mamba_ssm_checkpoint"
@@ -55,7 +56,7 @@ _HARMLESS = {
     "transformers_version",
     "use_cache",
 }
-# ssm_cfg key -> (transformers name, its type). The dt_* only steer initialisation.
+# ssm_cfg key -> (transformers name, its type). The dt_* but dt_limit only steer initialisation.
 _SSM_KEYS: dict[str, tuple[str, type]] = {
     "d_state": ("state_size", int),
     "d_conv": ("conv_kernel", int),
@@ -69,22 +70,49 @@ _SSM_KEYS: dict[str, tuple[str, type]] = {
     "conv_bias": ("use_conv_bias", bool),
     "bias": ("use_bias", bool),
 }
-_KINDS = {int: "a positive integer", float: "a number", str: "a string", bool: "true or false"}
+_SSM2_KEYS: dict[str, tuple[str, type]] = {
+    **{key: value for key, value in _SSM_KEYS.items() if key not in ("dt_rank", "dt_init", "dt_scale")},
+    "headdim": ("head_dim", int),
+    "ngroups": ("n_groups", int),
+    "dt_limit": ("time_step_limit", tuple),
+    "chunk_size": ("chunk_size", int),
+}
+# These two together are `gated_norm` (see `mamba2.py`).
+_SSM2_NORM: dict[str, tuple[str, type]] = {
+    "rmsnorm": ("rmsnorm", bool),
+    "norm_before_gate": ("norm_before_gate", bool),
+}
+# transformers has no place for these; read with mamba_ssm's defaults only.
+_SSM2_ONLY_DEFAULT = {"d_ssm": None, "D_has_hdim": False}
+_KINDS = {
+    int: "a positive integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    tuple: "two increasing numbers from 0 on",
+}
+# Kernels, processes, and what only steers initialisation.
 _SSM_IGNORED = {"layer", "use_fast_path"}
+_SSM2_IGNORED = {
+    "layer", "use_mem_eff_path", "process_group", "sequence_parallel", "A_init_range", "conv_init",
+}  # fmt: skip
 # What makes two transformers configs the same network (the vocabulary apart, which may have grown since).
 _ARCHITECTURE = (
+    "model_type",
     "hidden_size",
     "num_hidden_layers",
     "state_size",
     "conv_kernel",
-    "intermediate_size",
-    "time_step_rank",
     "use_conv_bias",
     "use_bias",
     "residual_in_fp32",
     "layer_norm_epsilon",
     "hidden_act",
 )
+_FAMILY_ARCHITECTURE = {
+    "mamba": ("intermediate_size", "time_step_rank"),
+    "mamba2": ("expand", "head_dim", "n_groups"),
+}
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -92,7 +120,7 @@ def is_original(config: dict[str, Any]) -> bool:
     return "d_model" in config and "n_layer" in config and "hidden_size" not in config
 
 
-def to_hf_config(original: dict[str, Any], source: str | Path) -> MambaConfig:
+def to_hf_config(original: dict[str, Any], source: str | Path) -> MambaConfig | Mamba2Config:
     """The transformers config of an original config.json. UserError naming `source` and the key it cannot follow."""
     unknown = sorted(set(original) - set(_DEFAULTS) - _HARMLESS)
     if unknown:
@@ -109,14 +137,22 @@ def to_hf_config(original: dict[str, Any], source: str | Path) -> MambaConfig:
     for key in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
         if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
             raise UserError(f"{source}: {key} = {config[key]!r} must be a positive integer")
-    return MambaConfig(
-        hidden_size=config["d_model"],
-        num_hidden_layers=config["n_layer"],
-        vocab_size=padded_vocab_size(config),
-        residual_in_fp32=config["residual_in_fp32"],
-        tie_word_embeddings=config["tie_embeddings"],
-        **_ssm_fields(config["ssm_cfg"] or {}, source),
-    )
+    common = {
+        "hidden_size": config["d_model"],
+        "num_hidden_layers": config["n_layer"],
+        "vocab_size": padded_vocab_size(config),
+        "residual_in_fp32": config["residual_in_fp32"],
+        "tie_word_embeddings": config["tie_embeddings"],
+    }
+    ssm_cfg = config["ssm_cfg"] or {}
+    if not isinstance(ssm_cfg, dict):
+        raise UserError(f"{source}: ssm_cfg = {ssm_cfg!r} must be an object")
+    layer = ssm_cfg.get("layer", "Mamba1")
+    if layer == "Mamba1":
+        return MambaConfig(**common, **_ssm_fields(ssm_cfg, _SSM_KEYS, _SSM_IGNORED, source))
+    if layer == "Mamba2":
+        return _mamba2_config(common, ssm_cfg, source)
+    raise UserError(f"{source}: ssm_cfg.layer is {layer!r}; Mamba1 and Mamba2 are read")
 
 
 def padded_vocab_size(original: dict[str, Any]) -> int:
@@ -129,23 +165,43 @@ def padded_vocab_size(original: dict[str, Any]) -> int:
     return -(-original.get("vocab_size", _DEFAULTS["vocab_size"]) // multiple) * multiple
 
 
-def _ssm_fields(ssm_cfg: Any, source: str | Path) -> dict[str, Any]:
-    if not isinstance(ssm_cfg, dict):
-        raise UserError(f"{source}: ssm_cfg = {ssm_cfg!r} must be an object")
-    layer = ssm_cfg.get("layer", "Mamba1")
-    if layer != "Mamba1":
-        raise UserError(f"{source}: ssm_cfg.layer is {layer!r}; Mamba-1 is read, {layer} is not supported yet")
+def _mamba2_config(common: dict[str, Any], ssm_cfg: dict[str, Any], source: str | Path) -> Mamba2Config:
+    for key, default in _SSM2_ONLY_DEFAULT.items():
+        if ssm_cfg.get(key, default) != default:
+            raise UserError(
+                f"{source}: ssm_cfg.{key} = {ssm_cfg[key]!r}: such a layer is not supported, nor by transformers"
+            )
+    ignored = _SSM2_IGNORED | set(_SSM2_ONLY_DEFAULT)
+    fields = _ssm_fields(ssm_cfg, _SSM2_KEYS | _SSM2_NORM, ignored, source)
+    norm, norm_first = fields.pop("rmsnorm", True), fields.pop("norm_before_gate", False)
+    if not norm or norm_first:
+        fields["gated_norm"] = NORM_FIRST if norm else NO_NORM
+    fields = {"n_groups": 1, "head_dim": 64} | fields  # mamba_ssm's defaults; transformers' n_groups is another
+    inner = fields.get("expand", 2) * common["hidden_size"]
+    if inner % fields["head_dim"] or inner // fields["head_dim"] % fields["n_groups"]:
+        raise UserError(
+            f"{source}: {inner} inner channels (expand x d_model) do not make heads of {fields['head_dim']} "
+            f"(ssm_cfg.headdim) in {fields['n_groups']} equal groups (ssm_cfg.ngroups)"
+        )
+    # The token ids are those of GPT-NeoX's end of text, as in transformers' config of a Mamba-1.
+    token = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return Mamba2Config(num_heads=inner // fields["head_dim"], **common, **fields, **token)
+
+
+def _ssm_fields(
+    ssm_cfg: dict[str, Any], keys: dict[str, tuple[str, type]], ignored: set[str], source: str | Path
+) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in ssm_cfg.items():
-        if key in _SSM_IGNORED:
+        if key in ignored:
             continue
-        if key not in _SSM_KEYS:
-            raise UserError(f"{source}: in ssm_cfg, {_unknown(key, _SSM_KEYS)}")
-        name, kind = _SSM_KEYS[key]
+        if key not in keys:
+            raise UserError(f"{source}: in ssm_cfg, {_unknown(key, keys)}")
+        name, kind = keys[key]
         automatic = key == "dt_rank" and value == "auto"
         if not automatic and not _is_a(value, kind):
             raise UserError(f"{source}: ssm_cfg.{key} = {value!r} must be {_KINDS[kind]}")
-        fields[name] = value if automatic else kind(value)
+        fields[name] = value if automatic else tuple(map(float, value)) if kind is tuple else kind(value)
     return fields
 
 
@@ -154,6 +210,9 @@ def _is_a(value: Any, kind: type) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:  # expand is sometimes written 2.0
         return not isinstance(value, bool) and isinstance(value, (int, float)) and value > 0 and value % 1 == 0
+    if kind is tuple:
+        two = isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_a(v, float) for v in value)
+        return two and 0 <= value[0] < value[1]
     return isinstance(value, kind)
 
 
@@ -227,17 +286,18 @@ def _recorded_dtype(name: str, packed: dict[str, str]) -> torch.dtype:
 
 
 def to_original_config(model: PreTrainedModel) -> dict[str, Any]:
-    """The original config.json of a transformers Mamba; key by key the one it came from where its record still fits.
+    """The original config.json of a transformers Mamba or Mamba-2; key by key the one it came from where its record
+    still fits.
 
     UserError for what the layout cannot express (Falcon-Mamba's norms, another activation, another epsilon).
     """
     config = model.config
-    if config.model_type != "mamba":
+    if config.model_type not in _FAMILY_ARCHITECTURE:
         raise UserError(
             f"a {config.model_type} model cannot be written in the mamba-ssm layout: mamba_ssm knows no "
             "norms on B, C and dt. Save it in the hf layout"
         )
-    if config.intermediate_size % config.hidden_size:
+    if config.model_type == "mamba" and config.intermediate_size % config.hidden_size:
         raise UserError(
             "mamba_ssm's inner width is a multiple of d_model; this model has intermediate_size "
             f"{config.intermediate_size} and hidden_size {config.hidden_size}: save it in the hf layout"
@@ -264,36 +324,51 @@ def is_tied(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _config_of_record(config: MambaConfig) -> dict[str, Any] | None:
+def _config_of_record(config: PretrainedConfig) -> dict[str, Any] | None:
     record = getattr(config, RECORD, None)
     if not isinstance(record, dict) or not {"config", "dtypes", "lm_head", "weights"} <= set(record):
         return None
     recorded = to_hf_config(record["config"], f"{RECORD} in {CONFIG}")
-    same = all(getattr(recorded, name) == getattr(config, name) for name in _ARCHITECTURE)
-    return dict(record["config"]) if same else None
+    return dict(record["config"]) if _architecture(recorded) == _architecture(config) else None
 
 
-def _fresh_config(config: MambaConfig) -> dict[str, Any]:
+def _architecture(config: PretrainedConfig) -> list[Any]:
+    facts = [getattr(config, name) for name in (*_ARCHITECTURE, *_FAMILY_ARCHITECTURE[config.model_type])]
+    return facts + ([gated_norm(config), *config.time_step_limit] if config.model_type == "mamba2" else [])
+
+
+def _fresh_config(config: PretrainedConfig) -> dict[str, Any]:
     """Only keys that every mamba_ssm knows: tie_embeddings came late and, missing, means tied."""
-    defaults = MambaConfig(hidden_size=config.hidden_size)
-    ssm_cfg = {
-        key: getattr(config, name)
-        for key, (name, _) in _SSM_KEYS.items()
-        if getattr(config, name) != getattr(defaults, name)
-    }
-    # A config may give intermediate_size beside another `expand`; the tensors have the former.
-    if config.intermediate_size != config.expand * config.hidden_size:
-        ssm_cfg["expand"] = config.intermediate_size // config.hidden_size
     return {
         "d_model": config.hidden_size,
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": ssm_cfg,
+        "ssm_cfg": _fresh_ssm_cfg(config),
         "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32,
         "fused_add_norm": True,
         "pad_vocab_size_multiple": 8 if config.vocab_size % 8 == 0 else 1,
     }
+
+
+def _fresh_ssm_cfg(config: PretrainedConfig) -> dict[str, Any]:
+    """What differs from mamba_ssm's defaults."""
+    ssm_cfg: dict[str, Any] = {}
+    keys, defaults = _SSM_KEYS, MambaConfig(hidden_size=config.hidden_size)
+    if config.model_type == "mamba2":
+        ssm_cfg["layer"] = "Mamba2"
+        keys, defaults = _SSM2_KEYS, to_hf_config({"d_model": 64, "n_layer": 1, "ssm_cfg": ssm_cfg}, CONFIG)
+        norm = gated_norm(config)
+        if norm != GATE_FIRST:
+            ssm_cfg |= {"norm_before_gate": True} if norm == NORM_FIRST else {"rmsnorm": False}
+    for key, (name, kind) in keys.items():
+        value, default = getattr(config, name), getattr(defaults, name)
+        if (tuple(value) != tuple(default)) if kind is tuple else (value != default):
+            ssm_cfg[key] = value
+    # A config may give intermediate_size beside another `expand`; the tensors have the former.
+    if config.model_type == "mamba" and config.intermediate_size != config.expand * config.hidden_size:
+        ssm_cfg["expand"] = config.intermediate_size // config.hidden_size
+    return ssm_cfg
 
 
 def write_original(model: PreTrainedModel, folder: Path, weights: str | None = None, as_it_came: bool = False) -> None:

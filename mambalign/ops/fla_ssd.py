@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mambalign.ops.backends import take_rows, without_autocast
+from mambalign.ops.backends import send, take_rows, without_autocast
 from mambalign.ops.reference import step_size
 from mambalign.ops.segments import Segments
 
@@ -87,7 +87,7 @@ def _level(segments: Segments, members: Tensor, device: torch.device) -> Level:
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
     shift = torch.repeat_interleave(segments.cu_seqlens[members[filled]] - cu_seqlens[:-1], lengths)
     parts = (members, segments.parent[members], filled, torch.arange(len(shift)) + shift, cu_seqlens.int())
-    return Level(*(part.to(device) for part in parts))
+    return Level(*(send(part, device) for part in parts))
 
 
 def _run(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, entry: Tensor, cu_seqlens: Tensor) -> Any:

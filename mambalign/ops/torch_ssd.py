@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambalign.ops.backends import add_rows, without_autocast
+from mambalign.ops.backends import add_rows, send, without_autocast
 from mambalign.ops.reference import compute_dtype, step_size
 from mambalign.ops.segments import Segments
 
@@ -97,8 +97,8 @@ def _plan(segments: Segments, slack: int, device: torch.device) -> Plan:
         spans = torch.tensor([[chunks[i].begin, chunks[i].end] for i in members])
         first = buckets[-1].first + len(buckets[-1].tokens) if buckets else 0
         buckets.append(_bucket(first, size, spans[:, :1], spans[:, 1:], device))
-    final = torch.tensor([number[tail] for tail in tails], dtype=torch.int64).to(device)
-    return Plan(len(chunks), buckets, _generations(chunks, number, device), final)
+    final = torch.tensor([number[tail] for tail in tails], dtype=torch.int64)
+    return Plan(len(chunks), buckets, _generations(chunks, number, device), send(final, device))
 
 
 def _cut(segments: Segments) -> tuple[list[Chunk], list[int]]:
@@ -127,7 +127,7 @@ def _generations(chunks: list[Chunk], number: dict[int, int], device: torch.devi
     sizes = [len(own) for own in members]
     pairs = [[number[i], number[chunks[i].before]] for own in members for i in own]
     # One copy to the device for all of them.
-    flat = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).to(device)
+    flat = send(torch.tensor(pairs, dtype=torch.int64).view(-1, 2), device)
     unique = [len({chunks[i].before for i in own}) == len(own) for own in members]
     parts = zip(flat[:, 0].split(sizes), flat[:, 1].split(sizes), unique, strict=True)
     return [Generation(own, source, not alone) for own, source, alone in parts]
@@ -147,8 +147,8 @@ def _merged(counts: Counter[int], slack: int) -> dict[int, int]:
 def _bucket(first: int, size: int, begin: Tensor, end: Tensor, device: torch.device) -> Bucket:
     tokens = begin + torch.arange(size)
     exists = tokens < end
-    tokens = torch.minimum(tokens, end - 1).to(device)
-    return Bucket(first, tokens, None if bool(exists.all()) else exists.to(device))
+    tokens = send(torch.minimum(tokens, end - 1), device)
+    return Bucket(first, tokens, None if bool(exists.all()) else send(exists, device))
 
 
 class Tile:

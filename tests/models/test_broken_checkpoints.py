@@ -26,7 +26,16 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm": False}, "rms_norm is false"),
     ({"attn_layer_idx": [1]}, r"attn_layer_idx = \[1\]"),
     ({"d_intermediate": 64}, "d_intermediate = 64"),
-    ({"ssm_cfg": {"layer": "Mamba2"}}, "Mamba2 is not supported yet"),
+    ({"ssm_cfg": {"layer": "Mamba3"}}, "'Mamba3'; Mamba1 and Mamba2 are read"),
+    ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 8}}, "d_ssm = 8: such a layer is not supported"),
+    ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim = True: such a layer is not supported"),
+    ({"ssm_cfg": {"layer": "Mamba2", "dt_rank": 2}}, "unknown key 'dt_rank'"),
+    ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": 1}}, "rmsnorm = 1 must be true or false"),
+    ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.5, 0.1]}}, "dt_limit = .* must be two increasing numbers"),
+    ({"ssm_cfg": {"layer": "Mamba2", "headdim": 5}}, "32 inner channels .* heads of 5"),
+    ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "ngroups": 3}}, "in 3 equal groups"),
+    ({"ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [1], "attn_cfg": {"num_heads": 2}}, "models with attention"),
+    ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16}}, r"A_log is \[32, 16\] there, \[2\] in the model"),
     ({"ssm_cfg": {"d_stat": 16}}, "did you mean 'd_state'"),
     ({"ssm_cfg": {"d_state": "16"}}, "d_state = '16' must be a positive integer"),
     ({"ssm_cfg": {"expand": 1.5}}, "expand = 1.5 must be a positive integer"),
@@ -57,7 +66,7 @@ def test_faulty_original_config(tmp_path: Path, change: dict[str, Any], says: st
 
 
 HF_FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mamba2"}, "Mamba-2 is not supported yet"),
+    ({"model_type": "mamba2"}, "hidden_size \\* expand .* must equal num_heads"),
     ({"model_type": "llama"}, "not a Mamba"),
     ({"model_type": None}, "describes no Mamba"),
     ({"quantization_config": {"load_in_4bit": True}}, "quantised"),

@@ -22,10 +22,13 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, segments: Segments) -> 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16 autocast", "bf16"])
-@pytest.mark.parametrize("config", [transformers.MambaConfig, transformers.FalconMambaConfig])
+@pytest.mark.parametrize(
+    "config", [transformers.MambaConfig, transformers.FalconMambaConfig, transformers.Mamba2Config]
+)
 def test_forked_gradients(config: type, precision: str) -> None:
     torch.manual_seed(0)
-    settings = config(vocab_size=96, hidden_size=64, num_hidden_layers=3, state_size=16)
+    heads = dict(num_heads=4, head_dim=32, n_groups=2) if config is transformers.Mamba2Config else {}
+    settings = config(vocab_size=96, hidden_size=64, num_hidden_layers=3, state_size=16, **heads)
     segments = Segments.from_lengths([70, 33, 5, 100], [-1, 0, 0, -1])
     ids = torch.randint(96, (1, segments.num_tokens))
     model = model_class(settings)(settings)

@@ -11,19 +11,23 @@ import transformers
 from accelerate import cpu_offload
 from torch import Tensor
 
-from mambalign.models import FalconMambaForCausalLM, MambaForCausalLM
+from mambalign.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 from mambalign.models.mamba import FP32_PARAMETERS, model_class
 from mambalign.ops import Segments
 
 FAMILIES = {
     "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM, MambaForCausalLM),
     "falcon_mamba": (transformers.FalconMambaConfig, transformers.FalconMambaForCausalLM, FalconMambaForCausalLM),
+    "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM, Mamba2ForCausalLM),
 }
 V = 67
 
 
 def config_of(family: str, **changes: Any) -> Any:
     sizes = dict(vocab_size=V, hidden_size=24, num_hidden_layers=3, state_size=4, pad_token_id=0, eos_token_id=1)
+    if family == "mamba2":  # heads of 8 channels, three in a group
+        expand = changes.get("expand", 2)
+        sizes |= dict(num_heads=3 * expand, head_dim=8, n_groups=expand, chunk_size=8, tie_word_embeddings=True)
     return FAMILIES[family][0](**sizes | changes)
 
 
@@ -358,11 +362,11 @@ def test_weights_offloaded_by_accelerate(both: tuple[Any, Any]) -> None:
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_the_mixer_calls_its_projections(both: tuple[Any, Any]) -> None:
+def test_the_mixer_calls_its_projections(both: tuple[Any, Any], family: str) -> None:
     """A hook on any projection acts in training too: what adapters need."""
     model = both[1].train()
     called: set[str] = set()
-    names = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    names = ("in_proj", "norm", "out_proj") if family == "mamba2" else ("in_proj", "x_proj", "dt_proj", "out_proj")
     for name in names:
         module = getattr(model.backbone.layers[0].mixer, name)
         module.register_forward_hook(lambda *_, name=name: called.add(name))
@@ -392,7 +396,7 @@ def test_clear_errors(both: tuple[Any, Any]) -> None:
     model(ids, position_ids=torch.arange(6)[None])
     with pytest.raises(ValueError, match="exactly one of"):
         model.backbone()
-    with pytest.raises(ValueError, match="mambalign trains falcon_mamba, mamba"):
+    with pytest.raises(ValueError, match="mambalign trains falcon_mamba, mamba, mamba2"):
         model_class(transformers.LlamaConfig())
     cache = model(ids, use_cache=True).cache_params
     with pytest.raises(ValueError, match="do not go together"):

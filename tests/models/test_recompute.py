@@ -181,6 +181,17 @@ def test_micro_batches_in_flight_and_parts_of_a_backward_pass(model: Any) -> Non
     assert_same_bits(both_ways(model, in_parts))
 
 
+def test_a_mamba2_drops_both_norms_and_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its 24, 48 and 48 + 2 * 2 * 4 channels in each of three layers."""
+    model = made("mamba2")
+    assert (model.backbone.layers[0].mixer.intermediate_size, model.backbone.layers[0].mixer.conv_dim) == (48, 64)
+    kept = [0, 0]
+    for selective in (False, True):
+        model.set_selective_recomputation(selective)
+        kept[selective] = bytes_kept(model, 61, False, monkeypatch)
+    assert kept[False] - kept[True] == 3 * 61 * 4 * (24 + 48 + 64)
+
+
 class Adapter(nn.Module):
     """A projection with a low-rank update beside it, as adapters wrap them."""
 
@@ -201,16 +212,21 @@ def test_adapters_act_and_learn(model: Any, dropout: float) -> None:
     """Without dropout the step sizes are computed again through the adapter; with it they are kept."""
     for layer in model.backbone.layers:
         for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
-            setattr(layer.mixer, name, Adapter(getattr(layer.mixer, name), dropout))
-    adapter = model.backbone.layers[1].mixer.dt_proj
+            if hasattr(layer.mixer, name):
+                setattr(layer.mixer, name, Adapter(getattr(layer.mixer, name), dropout))
     results = both_ways(model, lambda: gradients(model, loss_of(model)))
     assert_same_bits(results)
-    assert adapter.calls == (2 if dropout else 3)
+    mixer = model.backbone.layers[1].mixer
+    assert mixer.in_proj.calls == 2
+    if hasattr(mixer, "dt_proj"):
+        assert mixer.dt_proj.calls == (2 if dropout else 3)
     assert all(p.grad.any() for name, p in model.named_parameters() if ".up.weight" in name)
 
 
 @pytest.mark.parametrize("where", ["norm", "mixer.dt_proj", "mixer.in_proj", "mixer.x_proj"])
 def test_hooks_are_called_once_and_their_work_stays(model: Any, where: str) -> None:
+    if model.config.model_type == "mamba2":  # what it has instead
+        where = {"mixer.dt_proj": "mixer.norm", "mixer.x_proj": "mixer.out_proj"}.get(where, where)
     module = model.backbone.layers[1].get_submodule(where)
     calls: list[int] = []
 
@@ -224,8 +240,10 @@ def test_hooks_are_called_once_and_their_work_stays(model: Any, where: str) -> N
 
 
 def test_a_module_that_writes_to_its_input(model: Any) -> None:
-    """Then the convolution's output is no longer what it would be if it were computed again."""
-    model.backbone.layers[1].mixer.x_proj.register_forward_pre_hook(lambda _, args: (args[0].mul_(0.5),))
+    """Then the convolution's output (in a Mamba-2 the norm's) is no longer what it would be if computed again."""
+    mixer = model.backbone.layers[1].mixer
+    module = mixer.out_proj if model.config.model_type == "mamba2" else mixer.x_proj
+    module.register_forward_pre_hook(lambda _, args: (args[0].mul_(0.5),))
     assert_same_bits(both_ways(model, lambda: gradients(model, loss_of(model))))
 
 
