@@ -63,9 +63,38 @@ def test_parameters_are_counted_as_transformers_makes_them(family: str) -> None:
         assert shape.parameters == sum(p.numel() for p in model.parameters()), options
 
 
+def test_parameters_of_a_mamba2_are_counted_as_the_models_are_made() -> None:
+    from transformers import Mamba2Config
+
+    from mambalign.models import original
+    from mambalign.models.mamba2 import Mamba2ForCausalLM
+
+    for options in (
+        {},
+        {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True},
+        {"n_groups": 3, "expand": 3, "num_heads": 18, "state_size": 5, "conv_kernel": 3, "gated_norm": "none"},
+    ):
+        sizes = {"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 104, "num_heads": 12, "head_dim": 8}
+        config = Mamba2Config(**sizes | {"n_groups": 2} | options)
+        with torch.device("meta"):
+            model = Mamba2ForCausalLM(config)
+        model.tie_weights()
+        for written in (config.to_dict(), original.to_original_config(model)):
+            shape = ModelShape.from_config(written)
+            assert shape.parameters == sum(p.numel() for p in model.parameters()), written
+            mixer = model.backbone.layers[0].mixer
+            modules = {name: getattr(mixer, name) for name in shape.projections}
+            assert shape.projections == {name: (m.in_features, m.out_features) for name, m in modules.items()}
+            assert shape.scan == "ssd"
+
+
 def test_the_published_models_have_their_published_sizes() -> None:
     original = {"d_model": 2560, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "pad_vocab_size_multiple": 8}
     assert ModelShape.from_config(original).parameters == 2_768_345_600
+    # https://huggingface.co/state-spaces/mamba2-2.7b and -130m: 50,277 tokens in rows padded to 16.
+    for hidden, layers, count in ((2560, 64, 2_702_599_680), (768, 24, 128_989_632)):
+        original = {"d_model": hidden, "n_layer": layers, "vocab_size": 50277, "pad_vocab_size_multiple": 16}
+        assert ModelShape.from_config(original | {"ssm_cfg": {"layer": "Mamba2"}}).parameters == count
     falcon = {"model_type": "falcon_mamba", "hidden_size": 4096, "num_hidden_layers": 64, "vocab_size": 65024}
     falcon |= {"intermediate_size": 8192, "time_step_rank": 256, "tie_word_embeddings": False}
     assert ModelShape.from_config(falcon).parameters == 7_272_665_088
@@ -74,21 +103,23 @@ def test_the_published_models_have_their_published_sizes() -> None:
 def test_configs_of_other_models_are_refused() -> None:
     with pytest.raises(UserError, match="'llama'; supported are mamba"):
         ModelShape.from_config({"model_type": "llama"})
-    with pytest.raises(UserError, match="'Mamba2'"):
-        ModelShape.from_config({"d_model": 8, "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"layer": "Mamba2"}})
+    with pytest.raises(UserError, match="'Mamba3'; supported are Mamba1 and Mamba2"):
+        ModelShape.from_config({"d_model": 8, "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"layer": "Mamba3"}})
     with pytest.raises(UserError, match="n_layer"):
         ModelShape.from_config({"d_model": 8})
 
 
-def test_what_a_forward_pass_keeps_is_near_the_formula() -> None:
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_what_a_forward_pass_keeps_is_near_the_formula(family: str) -> None:
     """Bytes that autograd really holds, tensors that share storage once, against the formula."""
-    from transformers import MambaConfig
+    from transformers import AutoConfig
 
-    from mambalign.models.mamba import MambaForCausalLM
+    from mambalign.models.mamba import model_class
     from mambalign.ops.segments import Segments
 
-    config = MambaConfig(hidden_size=128, num_hidden_layers=4, vocab_size=64, state_size=16)
-    model: Any = MambaForCausalLM(config).train()
+    sizes = {"mamba": {"state_size": 16}, "mamba2": {"state_size": 32, "num_heads": 16, "head_dim": 16, "n_groups": 1}}
+    config = AutoConfig.for_model(family, hidden_size=128, num_hidden_layers=4, vocab_size=64, **sizes[family])
+    model: Any = model_class(config)(config).train()
     tokens = 256
     ids = torch.randint(64, (1, tokens))
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -150,6 +181,7 @@ GOOD_SFT = {"learning_rate": 2e-5, "model_name_or_path": "state-spaces/mamba-130
         ("dpo", {"model_name_or_path": "state-spaces/mamba-2.8b-slimpj"}, "model_name_or_path", "base model"),
         ("dpo", {"model_name_or_path": "state-spaces/mamba-130m-hf"}, "model_name_or_path", "base model"),
         ("dpo", {"model_name_or_path": "models/falcon-mamba-7b/"}, "model_name_or_path", "base model"),
+        ("dpo", {"model_name_or_path": "state-spaces/mamba2-2.7b"}, "model_name_or_path", "base model"),
         ("dpo", {"beta": 0.0001}, "beta", "extreme"),
         ("dpo", {"beta": 50.0}, "beta", "extreme"),
         ("dpo", {"beta": 0.1, "loss_type": "simpo"}, "beta", "usual is 2 to 10"),

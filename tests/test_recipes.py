@@ -16,7 +16,8 @@ NAMES = [str(p.relative_to(RECIPES)) for p in FILES]
 REAL = [p for p in FILES if p.parts[-3] != "tiny"]
 MODELS = sorted({p.parts[-3] for p in REAL})
 
-# (hidden size, layers) of the original checkpoints, https://arxiv.org/abs/2312.00752 table 12.
+# (hidden size, layers) of the original checkpoints, https://arxiv.org/abs/2312.00752 table 12,
+# and https://huggingface.co/state-spaces/mamba2-130m.
 ORIGINAL = {
     "mamba-130m": (768, 24),
     "mamba-370m": (1024, 48),
@@ -24,6 +25,7 @@ ORIGINAL = {
     "mamba-1.4b": (2048, 48),
     "mamba-2.8b": (2560, 64),
     "mamba-2.8b-slimpj": (2560, 64),
+    "mamba2-130m": (768, 24),
 }
 
 
@@ -31,9 +33,10 @@ def shape_of(model: str) -> ModelShape:
     if model == "falcon-mamba-7b":
         return ModelShape(hidden=4096, layers=64, vocab=65024, inner=8192, rank=256, tied=False)
     hidden, layers = ORIGINAL[model]
-    return ModelShape.from_config(
-        {"d_model": hidden, "n_layer": layers, "vocab_size": 50277, "pad_vocab_size_multiple": 8}
-    )
+    config = {"d_model": hidden, "n_layer": layers, "vocab_size": 50277, "pad_vocab_size_multiple": 8}
+    if model.startswith("mamba2"):
+        config |= {"ssm_cfg": {"layer": "Mamba2"}, "pad_vocab_size_multiple": 16}
+    return ModelShape.from_config(config)
 
 
 def load(path: Path) -> Recipe:

@@ -8,7 +8,10 @@ With P parameters, d = hidden size, E = inner size, N = state size, R = rank of 
     kept       per token and layer, for the backward pass: d (8 + 2c) + E (6c + 4) + 2c (R + 2N) + 4 E N / 32
                gradient_checkpointing: selective drops c (d + 2E) of it, the outputs of norm, convolution, dt_proj
                gradient_checkpointing: true leaves only 4 d, and the above once, for the layer at hand
+               of a Mamba-2 with H heads and G groups: d (8 + 2c) + 5c E + 4c G N + (c + 16) H, of which selective
+               drops c (d + 2E + 2 G N), the outputs of both norms and the convolution
     working    per token, once: 32 E for the fp32 vectors of the scan's backward pass
+               of a Mamba-2: 16 E, and three times the states between chunks, 12 E N / 64
     head       128 MiB: logits exist for a chunk of rows only
 
 Adapters (LoRA) put gradients and moments on their own parameters only, and 4-bit weights count 0.5 bytes and a tenth
@@ -26,12 +29,13 @@ from mambalign.recipe import Recipe, UserError
 
 HEAD_BYTES = 128 * 2**20
 SCAN_TILE = 32  # tokens for which the scan keeps one state
-MAMBA_TYPES = ("mamba", "falcon_mamba")
+CHUNK = 64  # the same of a Mamba-2
+MAMBA_TYPES = ("mamba", "falcon_mamba", "mamba2")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide parameters and memory of a Mamba-1 or Falcon-Mamba model."""
+    """The sizes that decide parameters and memory of a Mamba-1 or Falcon-Mamba model (of a Mamba-2: `Mamba2Shape`)."""
 
     hidden: int
     layers: int
@@ -43,6 +47,8 @@ class ModelShape:
     tied: bool = True
     conv_bias: bool = True
     proj_bias: bool = False
+
+    scan = "selective_scan"  # the op
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -59,22 +65,27 @@ class ModelShape:
     @classmethod
     def _original(cls, config: Mapping[str, Any]) -> ModelShape:
         ssm = config.get("ssm_cfg") or {}
-        if ssm.get("layer", "Mamba1") != "Mamba1":
-            raise UserError(f"the model's config.json names layer {ssm['layer']!r}; only Mamba-1 is supported")
+        layer = ssm.get("layer", "Mamba1")
+        if layer not in ("Mamba1", "Mamba2"):
+            raise UserError(f"the model's config.json names layer {layer!r}; supported are Mamba1 and Mamba2")
         hidden, multiple = int(config["d_model"]), int(config.get("pad_vocab_size_multiple") or 1)
-        rank = ssm.get("dt_rank", "auto")
-        return cls(
-            hidden=hidden,
-            layers=int(config["n_layer"]),
-            vocab=math.ceil(int(config["vocab_size"]) / multiple) * multiple,
-            inner=int(ssm.get("expand", 2)) * hidden,
-            rank=math.ceil(hidden / 16) if rank == "auto" else int(rank),
-            state=int(ssm.get("d_state", 16)),
-            conv=int(ssm.get("d_conv", 4)),
-            tied=bool(config.get("tie_embeddings", True)),
-            conv_bias=bool(ssm.get("conv_bias", True)),
-            proj_bias=bool(ssm.get("bias", False)),
-        )
+        inner = int(ssm.get("expand", 2)) * hidden
+        common: dict[str, Any] = {
+            "hidden": hidden,
+            "layers": int(config["n_layer"]),
+            "vocab": math.ceil(int(config["vocab_size"]) / multiple) * multiple,
+            "inner": inner,
+            "conv": int(ssm.get("d_conv", 4)),
+            "tied": bool(config.get("tie_embeddings", True)),
+            "conv_bias": bool(ssm.get("conv_bias", True)),
+            "proj_bias": bool(ssm.get("bias", False)),
+        }
+        if layer == "Mamba2":
+            heads, groups = inner // int(ssm.get("headdim", 64)), int(ssm.get("ngroups", 1))
+            gated_norm = bool(ssm.get("rmsnorm", True))
+            state = int(ssm.get("d_state", 128))
+            return Mamba2Shape(**common, rank=heads, state=state, groups=groups, gated_norm=gated_norm)
+        return ModelShape(**common, rank=_rank(ssm.get("dt_rank", "auto"), hidden), state=int(ssm.get("d_state", 16)))
 
     @classmethod
     def _hugging_face(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -82,19 +93,26 @@ class ModelShape:
         if kind not in MAMBA_TYPES:
             raise UserError(f"the model is of type {kind!r}; supported are {', '.join(MAMBA_TYPES)}")
         hidden = int(config["hidden_size"])
-        rank = config.get("time_step_rank", "auto")
-        return cls(
-            hidden=hidden,
-            layers=int(config["num_hidden_layers"]),
-            vocab=int(config["vocab_size"]),
-            inner=int(config.get("intermediate_size") or config.get("expand", 2) * hidden),
-            rank=math.ceil(hidden / 16) if rank == "auto" else int(rank),
-            state=int(config.get("state_size", 16)),
-            conv=int(config.get("conv_kernel", 4)),
-            tied=bool(config.get("tie_word_embeddings", True)),
-            conv_bias=bool(config.get("use_conv_bias", True)),
-            proj_bias=bool(config.get("use_bias", False)),
-        )
+        common: dict[str, Any] = {
+            "hidden": hidden,
+            "layers": int(config["num_hidden_layers"]),
+            "vocab": int(config["vocab_size"]),
+            "inner": int(config.get("intermediate_size") or config.get("expand", 2) * hidden),
+            "conv": int(config.get("conv_kernel", 4)),
+            "tied": bool(config.get("tie_word_embeddings", kind != "mamba2")),
+            "conv_bias": bool(config.get("use_conv_bias", True)),
+            "proj_bias": bool(config.get("use_bias", False)),
+        }
+        if kind == "mamba2":
+            return Mamba2Shape(
+                **common,
+                rank=int(config.get("num_heads", 128)),
+                state=int(config.get("state_size", 128)),
+                groups=int(config.get("n_groups", 8)),
+                gated_norm=config.get("gated_norm") != "none",
+            )
+        rank = _rank(config.get("time_step_rank", "auto"), hidden)
+        return ModelShape(**common, rank=rank, state=int(config.get("state_size", 16)))
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -120,22 +138,78 @@ class ModelShape:
         return self.layers * self.layer_parameters + heads * self.vocab * self.hidden + self.hidden
 
     def lora_parameters(self, rank: int, modules: list[str] | None) -> int:
-        """Parameters of LoRA adapters on the named projections (None: all four)."""
+        """Parameters of LoRA adapters on the named projections (None: all of them)."""
         wanted = modules if modules is not None else list(self.projections)
         return self.layers * sum(rank * sum(s) for name, s in self.projections.items() if name in wanted)
+
+    def kept_in_layer(self, compute_bytes: int) -> float:
+        """Bytes a token leaves behind in one layer for the backward pass."""
+        c = compute_bytes
+        return (
+            self.hidden * (8 + 2 * c)
+            + self.inner * (6 * c + 4)
+            + 2 * c * (self.rank + 2 * self.state)
+            + 4 * self.inner * self.state / SCAN_TILE
+        )
+
+    def dropped_in_layer(self, compute_bytes: int) -> float:
+        """What of it selective recomputation makes again."""
+        return compute_bytes * (self.hidden + 2 * self.inner)
+
+    @property
+    def working(self) -> float:
+        """Bytes a token takes while the scan of one layer goes backwards."""
+        return 32 * self.inner
+
+
+@dataclass(frozen=True)
+class Mamba2Shape(ModelShape):
+    """The same of a Mamba-2; `rank` is the number of heads, for a step size is all that is made for each."""
+
+    groups: int = 1
+    gated_norm: bool = True
+
+    scan = "ssd"
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear map of a layer."""
+        into = 2 * self.inner + 2 * self.groups * self.state + self.rank
+        return {"in_proj": (self.hidden, into), "out_proj": (self.inner, self.hidden)}
+
+    @property
+    def layer_parameters(self) -> int:
+        matrices = sum(i * o for i, o in self.projections.values())
+        conv = (self.inner + 2 * self.groups * self.state) * (self.conv + self.conv_bias)
+        biases = self.proj_bias * sum(o for _, o in self.projections.values())
+        # dt_bias, A_log and D; the gated norm; the norm before.
+        return matrices + conv + biases + 3 * self.rank + self.inner * self.gated_norm + self.hidden
+
+    def kept_in_layer(self, compute_bytes: int) -> float:
+        """Bytes a token leaves behind in one layer for the backward pass."""
+        c = compute_bytes
+        shared = self.groups * self.state
+        return self.hidden * (8 + 2 * c) + 5 * c * self.inner + 4 * c * shared + (c + 16) * self.rank
+
+    def dropped_in_layer(self, compute_bytes: int) -> float:
+        """What of it selective recomputation makes again."""
+        return compute_bytes * (self.hidden + 2 * self.inner + 2 * self.groups * self.state)
+
+    @property
+    def working(self) -> float:
+        """Bytes a token takes while the scan of one layer goes backwards."""
+        return self.inner * (16 + 12 * self.state / CHUNK)
+
+
+def _rank(written: Any, hidden: int) -> int:
+    return math.ceil(hidden / 16) if written == "auto" else int(written)
 
 
 def kept_bytes_per_token(shape: ModelShape, compute_bytes: int, checkpointing: bool | str) -> float:
     """Bytes a token leaves behind in the whole forward pass for the backward pass; `checkpointing` as in a recipe."""
-    c = compute_bytes
-    layer = (
-        shape.hidden * (8 + 2 * c)
-        + shape.inner * (6 * c + 4)
-        + 2 * c * (shape.rank + 2 * shape.state)
-        + 4 * shape.inner * shape.state / SCAN_TILE
-    )
+    layer = shape.kept_in_layer(compute_bytes)
     if checkpointing == "selective":
-        return (layer - c * (shape.hidden + 2 * shape.inner)) * shape.layers
+        return (layer - shape.dropped_in_layer(compute_bytes)) * shape.layers
     return 4 * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
 
 
@@ -170,7 +244,7 @@ def estimate(shape: ModelShape, recipe: Recipe, stage: str) -> dict[str, float]:
         "gradients": stored * trained,
         "optimizer": optimizer_bytes(recipe.optim) * trained,
         "kept for backward": kept_bytes_per_token(shape, compute, recipe.gradient_checkpointing) * tokens,
-        "working": 32 * shape.inner * tokens,
+        "working": shape.working * tokens,
         "head": HEAD_BYTES,
     }
     parts["total"] = sum(parts.values())

@@ -12,7 +12,7 @@ from typing import Literal
 from mambalign.recipe import Recipe, entry_splits, is_test_split
 
 # Published base models of the supported families: DPO of one has no instruction-following reference to stay near.
-_BASE_MODEL = re.compile(r"(^|/)mamba-\d+(\.\d+)?[mb](-slimpj)?(-hf)?/?$|(^|/)falcon-mamba-7b/?$")
+_BASE_MODEL = re.compile(r"(^|/)mamba2?-\d+(\.\d+)?[mb](-slimpj)?(-hf)?/?$|(^|/)falcon-mamba-7b/?$")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def check(
     with report.step("model_name_or_path"):
         shape = _model(report, recipe, stage)
     with report.step("backend"):
-        report.sections["backends"] = _backends(recipe)
+        report.sections["backends"] = _backends(recipe, shape)
     report.findings += known_mistakes(recipe, stage)
     tokenizer = None
     with report.step("chat_template"):
@@ -155,15 +155,17 @@ def _gb(size: float) -> float:
     return float(f"{size / 1e9:.3g}")
 
 
-def _backends(recipe: Recipe) -> dict[str, str]:
-    """What runs every op on this machine, and why."""
+def _backends(recipe: Recipe, shape: ModelShape | None) -> dict[str, str]:
+    """What runs every op of the model on this machine, and why."""
     import torch
 
-    from mambalign.ops.backends import chosen_backends
+    from mambalign.ops.backends import OPS, SCANS, chosen_backends
 
     device = torch.device("cpu" if recipe.use_cpu or not torch.cuda.is_available() else "cuda")
+    scan = ModelShape.scan if shape is None else shape.scan
+    ops = tuple(op for op in OPS if op not in SCANS or op == scan)
     try:
-        chosen = chosen_backends(recipe.backend, device)
+        chosen = chosen_backends(recipe.backend, device, ops)
     except ValueError as error:
         raise UserError(f"on this machine {error}") from error
     return {op: f"{name}: {reason}" for op, (name, reason) in chosen.items()}
