@@ -24,9 +24,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from mambalign.models import files, original
 from mambalign.models.mamba import FAMILIES, FP32_PARAMETERS, model_class
 from mambalign.models.mamba2 import GATE_FIRST, gated_norm
+from mambalign.models.reward import is_reward_config, reward_class
 from mambalign.recipe import UserError
 
 Layout = Literal["hf", "mamba-ssm"]
+Head = Literal["lm", "reward"]
 LAYOUTS: tuple[Layout, ...] = ("hf", "mamba-ssm")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -47,16 +49,18 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     revision: str | None = None,
     device: str | torch.device | None = None,
+    head: Head = "lm",
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mamba-1, Falcon-Mamba or Mamba-2 from a folder or hub id, in the Hugging Face or the original layout.
 
     Returns our class (a subclass of the transformers one), in eval mode on `device` (default: CPU).
     dtype: of the weights; "auto" keeps the stored one (the widest, if several). `A_log`, `D` and the bias of the step
-    sizes are float32 with any half dtype. hf_kwargs go to `from_pretrained` (`cache_dir`, `token`, `device_map`, ...).
+    sizes are float32 with any half dtype. head: "lm" for a language model, "reward" for a reward model (see
+    `reward.py`); the other kind is refused. hf_kwargs go to `from_pretrained` (`cache_dir`, `token`, `device_map`, ...).
 
     Raises UserError: no such folder or hub model, not a Mamba, a PEFT adapter, a quantised checkpoint, damaged files,
-    and any parameter missing from the weights, unknown to the model or of another shape.
+    a model with the other head, and any parameter missing from the weights, unknown to the model or of another shape.
 
     >>> model = load_model("state-spaces/mamba-130m")  # doctest: +SKIP
     """
@@ -66,6 +70,7 @@ def load_model(
     hub = {key: hf_kwargs.pop(key) for key in files.HUB_OPTIONS if key in hf_kwargs}
     folder = files.resolve_folder(path, revision, **hub)
     raw = files.read_json(folder / files.CONFIG)
+    _check_head(path, raw, head)
     if original.is_original(raw):
         model = _load_original(folder, raw, wanted, hf_kwargs)
     else:
@@ -120,6 +125,8 @@ def save_model(
     if layout == "hf" and weights == "bin":
         raise UserError("the hf layout is written as safetensors; leave weights= out")
     if layout == "mamba-ssm":
+        if is_reward_config({"architectures": [type(model).__name__]}):
+            raise UserError("mamba_ssm knows no reward models; save it in the hf layout")
         original.to_original_config(model)  # refuse before anything is touched
     with files.replaced_folder(path, overwrite=overwrite) as staging:
         if layout == "hf":
@@ -200,7 +207,8 @@ def add_tokens(
     if pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of = {pad_to_multiple_of} must be at least 1")
     old_rows = model.get_input_embeddings().weight.shape[0]
-    tied = original.is_tied(model)
+    head = model.get_output_embeddings()  # a reward model has none
+    tied = head is not None and original.is_tied(model)
     trained = torch.tensor([i for i in range(min(old_rows, vocabulary)) if i not in ids], dtype=torch.long)
     rows = old_rows
     if vocabulary > old_rows:
@@ -208,9 +216,11 @@ def add_tokens(
         model.resize_token_embeddings(rows, mean_resizing=False)
     untrained = torch.tensor(sorted(ids | set(range(old_rows, rows))), dtype=torch.long)
     _fill_with_mean(model.get_input_embeddings().weight, untrained, trained)
-    if not tied:
-        _fill_with_mean(model.get_output_embeddings().weight, untrained, trained)
-    assert original.is_tied(model) == tied and model.config.vocab_size == rows
+    if head is not None:
+        if not tied:
+            _fill_with_mean(model.get_output_embeddings().weight, untrained, trained)
+        assert original.is_tied(model) == tied
+    assert model.config.vocab_size == rows
     return rows - old_rows
 
 
@@ -219,6 +229,25 @@ def _fill_with_mean(weight: torch.Tensor, untrained: torch.Tensor, trained: torc
     if len(untrained) and len(trained):
         mean = weight[trained.to(weight.device)].mean(dim=0, dtype=torch.float32)
         weight[untrained.to(weight.device)] = mean.to(weight.dtype)
+
+
+def holds_reward_model(path: str | os.PathLike[str], revision: str | None = None) -> bool:
+    """Whether a model folder or hub id is a reward model's. UserError where it is no model at all."""
+    return is_reward_config(files.read_json(files.resolve_folder(path, revision) / files.CONFIG))
+
+
+def _check_head(path: str | os.PathLike[str], raw: dict[str, Any], head: Head) -> None:
+    is_reward = is_reward_config(raw)
+    if is_reward and head == "lm":
+        raise UserError(
+            f"{path} holds a reward model ({raw['architectures'][0]}): it scores answers and cannot write any. Use it "
+            'with `mambalign score`, or load_model(path, head="reward")'
+        )
+    if not is_reward and head == "reward":
+        raise UserError(
+            f"{path} holds a language model, which has no score to give; `mambalign reward` trains a reward model from "
+            "it"
+        )
 
 
 def _write_hf(model: PreTrainedModel, folder: Path) -> None:
@@ -282,7 +311,8 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     """`from_pretrained`, but with nothing left to chance: see the errors of `load_model`."""
     config.rescale_prenorm_residual = False  # see _write_hf
-    model, info = model_class(config).from_pretrained(
+    family = reward_class if is_reward_config(vars(config)) else model_class
+    model, info = family(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -302,6 +332,8 @@ def _from_pretrained(
         raise UserError(
             f"the weights in {source} do not fit the model that config.json describes: {'; '.join(problems[:3])}{more}"
         )
+    if model.get_output_embeddings() is None:
+        return model
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if head is not embedding and head.data_ptr() == embedding.data_ptr():
         head.data = head.data.clone()  # a .bin keeps equal tensors as one; trained apart, they must not share memory
