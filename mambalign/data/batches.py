@@ -37,9 +37,12 @@ class PackedBatch:
         target_ids: int64 `[M]`, the token to predict.
         target_sequence: int64 `[M]`, the sequence `0..K-1` that target m belongs to.
         num_sequences: K.
+        last_positions: int64 `[K]`, where the last trained token of every sequence lies (its last token, if none is
+            trained): the end of its answer, which a reward model scores.
         pairs: int64 `[P, 2]` of (chosen k, rejected k), or None for plain sequences.
         indices: int64, the dataset index of every example: `[K]` for sequences, `[P]` for pairs.
         num_prompt_tokens_saved: prompt tokens that computing every completion alone would compute in addition.
+        margins: fp32 `[P]`, by how much the reward of chosen is to be above that of rejected, if the pairs say so.
     """
 
     input_ids: Tensor
@@ -48,9 +51,11 @@ class PackedBatch:
     target_ids: Tensor
     target_sequence: Tensor
     num_sequences: int
+    last_positions: Tensor
     pairs: Tensor | None
     indices: Tensor
     num_prompt_tokens_saved: int = 0
+    margins: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -90,14 +95,22 @@ def _assemble(
     targets = np.flatnonzero((mask != 0) & (before >= 0))
     sequence = np.repeat(np.asarray(sequences, dtype=np.int64), lengths)[targets]
     assert (sequence >= 0).all(), "a prompt token is marked as trained"
+    starts = segments.cu_seqlens.tolist()
+    ends = [starts[s] + _last_trained(masks[s]) for s, k in enumerate(sequences) if k >= 0]
     return PackedBatch(
         input_ids=torch.from_numpy(flat),
         segments=segments,
         target_positions=torch.from_numpy(before[targets]),
         target_ids=torch.from_numpy(flat[targets]),
         target_sequence=torch.from_numpy(sequence),
+        last_positions=torch.tensor(ends, dtype=torch.int64),
         **rest,
     )
+
+
+def _last_trained(mask: Ints) -> int:
+    trained = np.flatnonzero(mask)
+    return int(trained[-1]) if trained.size else mask.size - 1
 
 
 def collate_sequences(examples: Sequence[Example]) -> PackedBatch:
@@ -186,6 +199,8 @@ def collate_pairs(examples: Sequence[Example]) -> PackedBatch:
         saved += prompt.ids.size * (2 * len(prompt.members) - 1)
         num_sequences += len(prompt.completions)
     assert (pairs >= 0).all() and (pairs[:, 0] != pairs[:, 1]).all(), "a pair's chosen and rejected are the same"
+    margins = [example["margin"] for example in examples if "margin" in example]
+    assert len(margins) in (0, len(examples))
     return _assemble(
         tokens,
         masks,
@@ -194,6 +209,41 @@ def collate_pairs(examples: Sequence[Example]) -> PackedBatch:
         num_sequences=num_sequences,
         pairs=torch.from_numpy(pairs),
         indices=torch.tensor([example["index"] for example in examples]),
+        num_prompt_tokens_saved=saved,
+        margins=torch.tensor(margins, dtype=torch.float32) if margins else None,
+    )
+
+
+def collate_responses(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> PackedBatch:
+    """Groups of (prompt ids, responses' ids) as one flat batch without targets, for scoring: sequence k is response k.
+
+    A prompt is one root, each of its responses a child; where the prompt is empty, responses are roots.
+
+    Example:
+        >>> batch = collate_responses([([5, 6], [[7], [8, 9]]), ([], [[4]])])
+        >>> batch.segments.parent.tolist(), batch.last_positions.tolist()
+        ([-1, 0, 0, -1], [2, 4, 5])
+    """
+    tokens: list[Ints] = []
+    parents: list[int] = []
+    sequences: list[int] = []
+    count = saved = 0
+    for prompt, responses in groups:
+        root = len(tokens) if len(prompt) else -1
+        laid = [prompt, *responses] if len(prompt) else responses
+        tokens += [np.asarray(ids, dtype=np.int64) for ids in laid]
+        parents += ([-1] if len(prompt) else []) + [root] * len(responses)
+        sequences += ([-1] if len(prompt) else []) + list(range(count, count + len(responses)))
+        count += len(responses)
+        saved += len(prompt) * (len(responses) - 1)
+    return _assemble(
+        tokens,
+        [np.zeros_like(ids) for ids in tokens],
+        parents,
+        sequences,
+        num_sequences=count,
+        pairs=None,
+        indices=torch.arange(len(groups)),
         num_prompt_tokens_saved=saved,
     )
 

@@ -1,7 +1,8 @@
 """The recipe's dataset mix as one dataset of canonical columns, sampled and shuffled by seed alone.
 
 Canonical columns: `messages` (a list of role and content), `prompt`, `completion`, `chosen`, `rejected` (text or
-messages), `text`; and `row_id`, "dataset:split:index", which every later report and error uses.
+messages), `text`; for reward models `margin`, a number; and `row_id`, "dataset:split:index", which every later report
+and error uses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from mambalign.data.preferences import tokenize_preferences
+from mambalign.data.preferences import MARGIN, tokenize_preferences
 from mambalign.data.sources import MESSAGE_KEYS, Source, load_source, parse_source, plain_message
 from mambalign.data.tokenizing import TokenizedData, tokenize_sft, tokenize_text
 from mambalign.recipe import UserError, is_test_split, nearest
@@ -139,8 +140,12 @@ def canonical_columns(rows: datasets.Dataset, source: Source, recipe: Recipe) ->
     rows = rows.rename_columns({old: new for old, new in rename.items() if old != new})
     keep = _schema_columns(list(rows.column_names), there, source, recipe)
     rows = rows.select_columns(keep)
+    if MARGIN in keep:
+        rows = _numbers(rows, MARGIN, source)
     for name in keep:
         feature = rows.features[name]
+        if name == MARGIN:
+            continue
         is_text = _is_text(feature) and (name != "messages" or feature.dtype == "null")
         if not (is_text or _is_messages(feature)):
             rows = _mend(rows, name, source)
@@ -149,7 +154,7 @@ def canonical_columns(rows: datasets.Dataset, source: Source, recipe: Recipe) ->
 
 def _renames(there: list[str], source: Source, recipe: Recipe) -> dict[str, str]:
     """source column -> canonical column. The entry's own map must fit; the recipe's applies where it fits."""
-    known = {name for columns in SCHEMAS.values() for name in columns}
+    known = {name for columns in SCHEMAS.values() for name in columns} | {MARGIN}
     rename = {}
     wanted = {**recipe.dataset_columns, **source.columns}
     if recipe.text_column and recipe.text_column != "text":
@@ -187,7 +192,16 @@ def _schema_columns(columns: list[str], there: list[str], source: Source, recipe
         )
     if "chosen" in found and "prompt" in columns:
         found.add("prompt")
+    if "chosen" in found and MARGIN in columns and recipe.stage == "reward":
+        found.add(MARGIN)
     return [name for name in columns if name in found]
+
+
+def _numbers(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset:
+    dtype = str(getattr(rows.features[name], "dtype", "list"))
+    if not dtype.startswith(("int", "uint", "float", "null")):
+        raise UserError(f"dataset {source.name!r}: column {name!r} must hold numbers, it holds {dtype}")
+    return rows.cast_column(name, datasets.Value("float64"))
 
 
 def _is_text(feature: Any) -> bool:
@@ -279,7 +293,8 @@ def _concatenate(parts: list[datasets.Dataset]) -> datasets.Dataset:
     target = datasets.Features()
     for part in parts:
         for name, feature in part.features.items():
-            target.setdefault(name, datasets.Value("string") if _is_text(feature) else _MESSAGES)
+            kind = feature if name == MARGIN else datasets.Value("string") if _is_text(feature) else _MESSAGES
+            target.setdefault(name, kind)
     aligned = []
     for part in parts:
         features = datasets.Features({name: target[name] for name in part.column_names})

@@ -7,6 +7,7 @@ keep them trained. Comparing tokens and not text never splits a word differently
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mambalign.recipe import Recipe
 
 COLUMNS = {"prompt_ids": IDS, "chosen_ids": IDS, "chosen_mask": MASK, "rejected_ids": IDS, "rejected_mask": MASK}
+MARGIN = "margin"  # of a reward model's pairs; optional
 
 
 @dataclass
@@ -51,6 +53,8 @@ class PairTokenizer:
             prompt = batch["prompt"][number] if "prompt" in batch else None
             chosen, rejected = batch["chosen"][number], batch["rejected"][number]
             try:
+                if MARGIN in batch:
+                    row.columns = {MARGIN: _margin(batch[MARGIN][number], row)}
                 if chosen == rejected:
                     raise Skip("chosen_equals_rejected" if chosen else "empty_conversation")
                 if self._is_chat(prompt, chosen, rejected):
@@ -66,7 +70,7 @@ class PairTokenizer:
                 self._finish(row, _Pair(parts[0], parts[1], parts[2].ids if len(parts) > 2 else None))
             except Skip as skip:
                 row.skip(skip)
-        return as_batch(rows, COLUMNS)
+        return as_batch(rows, [*COLUMNS, MARGIN] if MARGIN in batch else COLUMNS)
 
     def _is_chat(self, prompt: Any, chosen: Any, rejected: Any) -> bool:
         messages = any(value is not None and not isinstance(value, str) for value in (prompt, chosen, rejected))
@@ -76,7 +80,7 @@ class PairTokenizer:
         """Both whole conversations, and the prompt if the row gives it apart from the completions."""
         given = None if prompt is None else self.rules.as_messages(prompt, "user")
         chosen, rejected = (self.rules.as_messages(side, "assistant") for side in (chosen, rejected))
-        whole = [given is None or self._is_whole(side, given, prompt) for side in (chosen, rejected)]
+        whole = [given is None or is_whole(side, given, prompt) for side in (chosen, rejected)]
         if any(whole) and not all(whole):
             raise Skip("prompt_not_a_prefix")
         apart = not all(whole)
@@ -91,14 +95,6 @@ class PairTokenizer:
             before = self.rules.read(opening, needs_answer=False)
             texts.append(render_or_skip(self.tokenizer, before, answer_next=answered))
         return texts
-
-    def _is_whole(self, side: Any, given: list[Any], prompt: Any) -> bool:
-        """Whether `chosen` or `rejected` is the whole conversation, the prompt included (ultrafeedback's layout)."""
-        if not side:
-            return False
-        if isinstance(prompt, str):
-            return bool(side[0].get("role") != "assistant")
-        return len(side) > len(given) and list(side[: len(given)]) == list(given)
 
     def _plain(self, prompt: Any, chosen: Any, rejected: Any, row: Row) -> _Pair:
         """Text as it is; the completions end with eos."""
@@ -144,7 +140,7 @@ class PairTokenizer:
         if problem:
             row.lost = total if row.lost else 0
             raise Skip(problem)
-        row.columns = {"prompt_ids": prompt, **sides}
+        row.columns |= {"prompt_ids": prompt, **sides}
 
     def _room(self, row: Row, prompt: int, longest: int, total: int) -> int:
         """Tokens a completion may have, by the handbook's rule: a pair that is too long loses the beginning of its
@@ -162,6 +158,28 @@ class PairTokenizer:
         if longest - prompt > room:
             row.notes.append("completion_truncated")
         return room
+
+
+def _margin(value: float | None, row: Row) -> float:
+    """Of a row that gives none it is 0, which is noted: in a mix not every dataset knows margins."""
+    if value is None:
+        row.notes.append("no_margin")
+        return 0.0
+    if not 0 <= value < math.inf:
+        raise Skip("not_a_margin", str(value))
+    return float(value)
+
+
+def is_whole(side: Any, given: list[Any], prompt: Any) -> bool:
+    """Whether an answer is the whole conversation, the prompt included (ultrafeedback's layout).
+
+    `given`: the prompt as messages; `prompt`: as the row has it.
+    """
+    if not side:
+        return False
+    if isinstance(prompt, str):
+        return bool(side[0].get("role") != "assistant")
+    return len(side) > len(given) and list(side[: len(given)]) == list(given)
 
 
 def common_prompt(chosen: chat.Encoded, rejected: chat.Encoded) -> int:
@@ -182,11 +200,13 @@ def tokenize_preferences(dataset: datasets.Dataset, tokenizer: Any, recipe: Reci
     A pair longer than `max_length` (prompt + longer completion) is cut by the handbook's rule, or skipped with
     `truncation: drop`. `tokens_lost` counts the prompt once.
 
+    For a reward model `margin` (float32) is a column too, where the data have it.
+
     Raises:
         UserError: no `chosen` and `rejected`; the template fails `check_template`; no room for completions; every row
             is skipped.
     """
-    require_columns(dataset, [("chosen", "rejected")], "dpo")
+    require_columns(dataset, [("chosen", "rejected")], recipe.stage or "dpo")
     if recipe.max_length < 2:
         raise UserError(f"max_length: {recipe.max_length} is too small for a pair; it needs 2 tokens")
     function = PairTokenizer(tokenizer, recipe)
@@ -196,6 +216,10 @@ def tokenize_preferences(dataset: datasets.Dataset, tokenizer: Any, recipe: Reci
             f"{recipe.max_length}; make it smaller"
         )
     features: Sequence[Any] = [dataset.features[n] for n in ("prompt", "chosen") if n in dataset.features]
-    if recipe.chat_template is not None or not all(isinstance(feature, datasets.Value) for feature in features):
+    all_text = all(isinstance(feature, datasets.Value) for feature in features)
+    if recipe.chat_template is not None or not all_text:
         chat.check_template(tokenizer)
-    return run(function, dataset, recipe, COLUMNS)
+    margin = {MARGIN: datasets.Value("float32")} if MARGIN in dataset.column_names else {}
+    data = run(function, dataset, recipe, COLUMNS | margin)
+    data.plain_text = all_text and not (function.rules.wrap_text and "prompt" in dataset.column_names)
+    return data

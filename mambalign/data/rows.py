@@ -30,6 +30,8 @@ SKIPS = {
     "too_long": "over the budget, and truncation is drop",
     "truncated_away": "over max_length, and no trained token is left of it",
     "nothing_trained": "no trained token",
+    "not_a_margin": "a margin that is no number from 0 on",
+    "nothing_asked": "the assistant has the last word already",
 }
 
 
@@ -39,6 +41,10 @@ class Skip(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.reason}: {SKIPS[self.reason]}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass

@@ -304,7 +304,11 @@ def read_json_slowly(paths: list[Path]) -> datasets.Dataset:
     names = sorted({name for _, _, row in rows for name in row})
     columns: dict[str, list[Any]] = {}
     for name in names:
-        values = [_plain(row.get(name)) for _, _, row in rows]
+        raw = [row.get(name) for _, _, row in rows]
+        if _are_numbers(raw):
+            columns[name] = raw
+            continue
+        values = [_plain(value) for value in raw]
         types = {type(value) for value in values if value is not None}
         if len(types) > 1:
             first = next(i for i, value in enumerate(values) if value is not None)
@@ -359,6 +363,11 @@ def _decode(path: Path, raw: bytes, line: int) -> Any:
         ) from error
     except RecursionError as error:
         raise UserError(f"{path}:{line or 1}: the JSON is nested too deeply to be read") from error
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    held = [value for value in values if value is not None]
+    return bool(held) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in held)
 
 
 def _plain(value: Any) -> str | list[dict[str, str | None]] | None:

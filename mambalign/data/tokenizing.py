@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class TokenizedData:
         fingerprint: sha256 over the ids, masks and row ids.
         first_rows: for every `skipped/...`, `notes/...` and `truncated`, the id of the first such row.
         details: for a `skipped/...`, what only that first row can tell: the role, the template's own error.
+        plain_text: preference pairs only: whether they were taken as text, outside any chat template.
     """
 
     dataset: datasets.Dataset
@@ -60,6 +61,7 @@ class TokenizedData:
     fingerprint: str
     first_rows: dict[str, str] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
+    plain_text: bool = False
 
     def skips(self) -> str:
         """`2 x unknown_role (a role that is none of the template's: 'bot'; first: data.jsonl:train:7); ...`"""
@@ -75,7 +77,7 @@ class TokenizedData:
 class Row:
     """What tokenisation makes of one row, or of a piece of it."""
 
-    columns: dict[str, Sequence[int]]
+    columns: dict[str, Any]
     row_id: str
     notes: list[str] = field(default_factory=list)
     reason: str = ""
@@ -240,7 +242,7 @@ def as_batch(rows: Iterable[Row | list[Row]], names: Iterable[str]) -> dict[str,
     for row in flat:
         if row.reason:  # a skip is the only thing to report of a skipped row
             row.notes = []
-    batch: dict[str, list[Any]] = {name: [[] if r.reason else r.columns[name] for r in flat] for name in names}
+    batch: dict[str, list[Any]] = {name: [None if r.reason else r.columns[name] for r in flat] for name in names}
     return batch | {key: [getattr(r, key) for r in flat] for key in ("row_id", "reason", "detail", "notes", "lost")}
 
 
@@ -349,6 +351,9 @@ def fingerprint(dataset: datasets.Dataset) -> str:
         column = _column(dataset, name)
         if name == "row_id":
             digest.update("\n".join(column.to_pylist()).encode())
+            continue
+        if not pa.types.is_list(column.type):  # a margin
+            digest.update(column.to_numpy().astype("<f4").tobytes())
             continue
         digest.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())
         digest.update(pc.list_flatten(column).to_numpy().astype("<i4").tobytes())

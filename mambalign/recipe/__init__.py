@@ -8,20 +8,21 @@ Relative paths (`model_name_or_path`, `dataset_mixer`, `output_dir`) are relativ
 
 from mambalign.recipe.schema import (
     NO_REFERENCE,
+    PAIR_STAGES,
     STAGES,
     Recipe,
-    entry_splits,
-    is_test_split,
     key_default,
     key_groups,
     key_help,
     key_types,
     load_recipe,
 )
+from mambalign.recipe.splits import entry_splits, is_test_split
 from mambalign.recipe.values import UserError, nearest, type_name
 
 __all__ = [
     "NO_REFERENCE",
+    "PAIR_STAGES",
     "STAGES",
     "Recipe",
     "UserError",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
@@ -15,12 +14,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from mambalign.recipe.legacy import rename_keys
+from mambalign.recipe.splits import entry_splits, is_test_split
 from mambalign.recipe.values import UserError, coerce, parse_yaml, read_recipe_map, set_nested, split_overrides
 
 logger = logging.getLogger("mambalign")
 
-STAGES = ("cpt", "sft", "dpo")
-Stage = Literal["cpt", "sft", "dpo"]
+STAGES = ("cpt", "sft", "dpo", "reward")
+Stage = Literal["cpt", "sft", "dpo", "reward"]
+PAIR_STAGES = ("dpo", "reward")  # those that read chosen and rejected
 LossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo", "kto"]
 Backend = Literal["auto", "cuda", "torch", "reference"]
 Checkpointing = Literal["selective"]
@@ -43,41 +44,9 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpt": {"truncation": "split", "assistant_only_loss": False},
     "sft": {},
     "dpo": {"learning_rate": 5e-7, "max_length": 1024},
+    "reward": {"learning_rate": 1e-5, "max_length": 1024},
 }
 NO_REFERENCE = ("simpo", "orpo")
-# Whole words only: `latest`, `contest`, `retrieval`, `invalid` and `testimonials` are no test sets.
-_TEST_WORDS = re.compile(
-    r"(?<![a-z])(?:(?:test|eval|val|valid|dev)(?:s|set|data|split)?|testing|test-?dev|test-?mini|evaluations?|validation"
-    r"|development|h[eo]ld[-_ ]?out)(?![a-z])"
-)
-
-
-def is_test_split(name: str) -> bool:
-    """Whether a split (or file) of this name is for evaluation only: whether one of its words says so.
-
-    Example:
-        >>> [is_test_split(n) for n in ("test_sft", "validation", "heldout", "myTest", "train", "latest", "retrieval")]
-        [True, True, True, True, False, False, False]
-    """
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
-    return bool(_TEST_WORDS.search(words.lower()))
-
-
-def entry_splits(name: str, entry: Any) -> list[str]:
-    """The splits that the `dataset_mixer` entry `name` gives itself, before the recipe's `dataset_splits`.
-
-    Raises:
-        UserError: both `split` and `splits`, or neither a name nor a list of names.
-    """
-    if not isinstance(entry, dict):
-        return []
-    if "split" in entry and "splits" in entry:
-        raise UserError(f"dataset_mixer.{name}: give split or splits, not both")
-    splits = entry.get("splits", entry.get("split")) or []
-    splits = [splits] if isinstance(splits, str) else splits
-    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
-        raise UserError(f"dataset_mixer.{name}: splits {splits!r} must be a name or a list of names")
-    return splits
 
 
 def _key(default: Any, group: str, help: str, trainer: bool = False) -> Any:
@@ -100,13 +69,13 @@ class Recipe:
     """
 
     stage: Stage | None = _key(
-        None, "model", "What this recipe is for: cpt, sft or dpo. Optional; the command's verb says it too."
+        None, "model", "What this recipe is for: cpt, sft, dpo or reward. Optional; the command's verb says it too."
     )
     model_name_or_path: str | None = _key(
         None,
         "model",
-        "Checkpoint to start from: a folder or hub id, Hugging Face or original state-spaces layout. DPO: the SFT "
-        "run's output_dir.",
+        "Checkpoint to start from: a folder or hub id, Hugging Face or original state-spaces layout. dpo, reward: the "
+        "SFT run's output_dir.",
     )
     model_revision: str | None = _key(None, "model", "Branch, tag or commit of the model on the hub.")
     tokenizer_name_or_path: str | None = _key(
@@ -143,7 +112,10 @@ class Recipe:
         None, "data", "Configuration names of the datasets, in the order of dataset_mixer, or a map of dataset to name."
     )
     dataset_columns: dict[str, Any] = _key(
-        {}, "data", "Names of columns: {messages|prompt|completion|chosen|rejected|text: the dataset's name for it}."
+        {},
+        "data",
+        "Names of columns: {messages|prompt|completion|chosen|rejected|text: the dataset's name for it}; reward: also "
+        "margin, a number, by how much chosen is better.",
     )
     dataset_seed: int | None = _key(None, "data", "Seed of mixing and sub-sampling; null is `data_seed`, then `seed`.")
     text_column: str = _key("text", "data", "Column of plain text (cpt, schema text).")
@@ -157,19 +129,21 @@ class Recipe:
         "Put an empty system message before conversations that have none (the handbook's zephyr models did).",
     )
     max_length: int = _key(
-        2048, "data", "Tokens of a packed row (cpt, sft) or the longest prompt + completion (dpo: 1024 when not given)."
+        2048,
+        "data",
+        "Tokens of a packed row (cpt, sft) or the longest prompt + completion (dpo, reward: 1024 when not given).",
     )
     max_prompt_length: int | None = _key(
         None,
         "data",
-        "dpo: a pair over max_length has its prompt cut to this first, keeping the end, then its completions, keeping "
-        "the start; null is half of max_length.",
+        "dpo, reward: a pair over max_length has its prompt cut to this first, keeping the end, then its completions, "
+        "keeping the start; null is half of max_length.",
     )
     truncation: Literal["keep_start", "keep_end", "drop", "split"] = _key(
         "keep_start",
         "data",
         "What happens to an example longer than max_length; counted and reported. split (cpt's default): cut into "
-        "several. dpo: drop, or else a pair is cut as max_prompt_length says, be it keep_start or keep_end.",
+        "several. dpo, reward: drop, or else a pair is cut as max_prompt_length says, be it keep_start or keep_end.",
     )
     packing: bool = _key(True, "data", "Lay several examples into a row of max_length; their states never mix.")
     assistant_only_loss: bool = _key(True, "data", "Train on the assistant's turns only (cpt: false).")
@@ -179,7 +153,7 @@ class Recipe:
     max_train_samples: int | None = _key(None, "data", "Use at most this many training rows.")
     max_eval_samples: int | None = _key(None, "data", "Use at most this many rows of each evaluation split.")
     group_by_prompt: bool = _key(
-        False, "data", "dpo: put pairs of the same prompt in the same batch, so that the prompt is computed once."
+        False, "data", "dpo, reward: put pairs of the same prompt in the same batch, so that it is computed once."
     )
     max_tokens_per_device: int | None = _key(
         None, "data", "Split a device batch into micro-batches of at most this many tokens; the update stays the same."
@@ -203,6 +177,11 @@ class Recipe:
         None, "objective", "Weight of an added log-likelihood term on the chosen completions."
     )
     simpo_gamma: float = _key(0.5, "objective", "simpo: target margin between the length-normalised rewards.")
+    center_rewards_coefficient: float | None = _key(
+        None,
+        "objective",
+        "reward: weight of (reward of chosen + reward of rejected)^2, which keeps rewards around 0; 0.01 is usual.",
+    )
     reference_batch_tokens: int | None = _key(
         None, "objective", "Tokens per forward of the reference pass; null is the training batch's size."
     )
@@ -230,7 +209,7 @@ class Recipe:
         "training",
         "auto: continue from the newest whole checkpoint in output_dir; never: start afresh; or a checkpoint's folder.",
     )
-    learning_rate: float = _arg(2e-5, "training", "Peak learning rate (dpo: 5e-7 when not given).")
+    learning_rate: float = _arg(2e-5, "training", "Peak learning rate (dpo: 5e-7 when not given, reward: 1e-5).")
     lr_scheduler_type: Schedule = _arg("cosine", "training", "Schedule after the warmup.")
     lr_scheduler_kwargs: dict[str, Any] | None = _arg(None, "training", "Extra arguments of the schedule.")
     warmup_ratio: float | None = _key(
@@ -240,7 +219,9 @@ class Recipe:
     num_train_epochs: float = _arg(1.0, "training", "Passes over the training rows.")
     max_steps: int = _arg(-1, "training", "Stop after this many steps; -1: num_train_epochs decides.")
     per_device_train_batch_size: int = _arg(
-        8, "training", "cpt, sft: packed rows of max_length; dpo: pairs; on each device, each accumulation step."
+        8,
+        "training",
+        "cpt, sft: packed rows of max_length; dpo, reward: pairs; on each device, each accumulation step.",
     )
     per_device_eval_batch_size: int = _arg(8, "training", "The same in evaluation.")
     gradient_accumulation_steps: int | None = _key(
@@ -366,16 +347,29 @@ class Recipe:
         for name in ("model_name_or_path", "dataset_mixer", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"{name} is missing: {key_help(name)}")
-        if stage == "dpo" and self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+        pairs = stage in PAIR_STAGES
+        if pairs and self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise UserError(
                 f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}): "
                 "the completion needs room"
             )
-        if stage == "dpo" and self.truncation == "split":
+        if pairs and self.truncation == "split":
             raise UserError("truncation: split cuts plain text; a preference pair can be keep_start, keep_end or drop")
+        self._require_objective(stage)
         own = [split for item in self.dataset_mixer.items() for split in entry_splits(*item)]
         if not self.train_splits and all(map(is_test_split, own)):
             raise UserError(f"dataset_splits {self.dataset_splits} name only test splits; nothing is left to train on")
+
+    def _require_objective(self, stage: str) -> None:
+        if stage == "reward":
+            for name in ("loss_type", "label_smoothing", "rpo_alpha"):
+                if getattr(self, name) != getattr(Recipe, name):
+                    raise UserError(
+                        f"{name}: {getattr(self, name)!r} belongs to dpo; a reward model is trained with the "
+                        "Bradley-Terry loss, so leave it out"
+                    )
+        elif self.center_rewards_coefficient is not None:
+            raise UserError(f"center_rewards_coefficient is for reward models; {stage} has no use for it, leave it out")
 
     @property
     def train_splits(self) -> list[str]:
@@ -463,7 +457,11 @@ def _check_values(recipe: Recipe) -> None:
         value = getattr(recipe, key)
         if value is not None and value <= 0:
             refuse(key, "it must be above 0")
-    for key in ("weight_decay", "max_grad_norm", "warmup_steps", "rpo_alpha", "simpo_gamma", "dataloader_num_workers"):
+    not_negative = (
+        "weight_decay", "max_grad_norm", "warmup_steps", "rpo_alpha", "simpo_gamma", "center_rewards_coefficient",
+        "dataloader_num_workers",
+    )  # fmt: skip
+    for key in not_negative:
         value = getattr(recipe, key)
         if value is not None and value < 0:
             refuse(key, "it must not be negative")
@@ -561,7 +559,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
         path: YAML file; its `extends` files (relative to it) are read first, key by key the later one wins.
         overrides: words of a command line: `--learning_rate 1e-5`, `--packing=false`, `--push_to_hub`,
             `--dataset_splits train_sft,test_sft`, `--dataset_mixer.my/set=0.5`.
-        stage: "cpt", "sft" or "dpo"; brings the stage's defaults and its required keys. None: as the recipe says.
+        stage: one of `STAGES`; brings the stage's defaults and its required keys. None: as the recipe says.
 
     Every key of an earlier handbook that was renamed or has no meaning here is said once on the logger "mambalign".
     """

@@ -362,7 +362,7 @@ def test_missing_column_names_those_there(write_jsonl: Callable[..., Path], make
     message = error_of(make_recipe(dataset_mixer={path: 1.0}, text_column="answr"))
     assert "text needs answr" in message and "did you mean 'answer'?" in message
     message = error_of(make_recipe(dataset_mixer={path: 1.0}, dataset_columns={"mesages": "question"}))
-    assert "'mesages' is not one of chosen, completion, messages" in message
+    assert "'mesages' is not one of chosen, completion, margin, messages" in message
     message = error_of(make_recipe(dataset_mixer={path: 1.0}, schema="text", text_column="body"))
     assert "text_column: dataset" in message
 
