@@ -15,10 +15,14 @@ from typer.testing import CliRunner
 from mambalign.check import CheckReport, ModelShape, check, estimate, known_mistakes
 from mambalign.check.memory import kept_bytes_per_token, tokens_per_forward
 from mambalign.cli import app
-from mambalign.recipe import Recipe, UserError
+from mambalign.models.checkpoint import load_model, load_tokenizer, save_model
+from mambalign.models.reward import with_reward_head
+from mambalign.recipe import PAIR_STAGES, Recipe, UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-TINY_SFT, TINY_DPO = (str(RECIPES / "tiny" / stage / "config_full.yaml") for stage in ("sft", "dpo"))
+TINY_SFT, TINY_DPO, TINY_REWARD = (
+    str(RECIPES / "tiny" / stage / "config_full.yaml") for stage in ("sft", "dpo", "reward")
+)
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +198,14 @@ GOOD_SFT = {"learning_rate": 2e-5, "model_name_or_path": "state-spaces/mamba-130
         ("sft", {"warmup_ratio": 0.0}, "warmup_ratio", "no warmup"),
         ("sft", {"save_total_limit": 1}, "save_total_limit", "keep 2"),
         ("sft", {"save_only_model": True}, "save_only_model", "cannot resume"),
+        ("reward", {"num_train_epochs": 3}, "num_train_epochs", "overfits its pairs"),
+        ("reward", {"learning_rate": 1e-2}, "learning_rate", "1,000 times the usual 1e-05"),
+        ("reward", {"center_rewards_coefficient": 10.0}, "center_rewards_coefficient", "usual is 0.01"),
+        ("reward", {"model_name_or_path": "state-spaces/mamba-130m"}, "model_name_or_path", "base model"),
     ],
 )
 def test_a_known_mistake_is_seen(stage: str, keys: dict[str, Any], key: str, words: str) -> None:
-    good = GOOD_DPO if stage == "dpo" else GOOD_SFT
+    good = GOOD_DPO if stage in PAIR_STAGES else GOOD_SFT
     assert list(known_mistakes(Recipe(**good), stage)) == []
     findings = list(known_mistakes(Recipe(**(good | keys)), stage))
     assert any(f.key == key and words in f.message for f in findings), findings
@@ -244,6 +252,25 @@ def test_dpo_counts_pairs_and_sees_a_base_model(tiny: Path) -> None:
     assert report.sections["batch"]["pairs_per_step"] == 8
     assert {"prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_longer_share"} <= set(report.sections["train"])
     assert report.sections["batch"]["steps_per_epoch"] == 25
+
+
+def test_reward_models_are_counted_without_a_language_head_and_never_taken_for_one(tiny: Path, tmp_path: Path) -> None:
+    untied = load_model(tiny / "base")
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight + 1)
+    save_model(untied, tmp_path / "lm", tokenizer=load_tokenizer(tiny / "base"))
+    reward = with_reward_head(untied, seed=0)
+    save_model(reward, tmp_path / "reward", tokenizer=load_tokenizer(tiny / "base"))
+    for name, start in (("lm", "new, from the seed"), ("reward", "the trained one of")):
+        words = ["--model_name_or_path", str(tmp_path / name), "--chat_template", "zephyr"]
+        report = check(TINY_REWARD, words)
+        assert report.usable and report.stage == "reward", report.findings
+        assert report.sections["reward_head"]["start"].startswith(start)
+        stored = sum(parameter.numel() for parameter in reward.backbone.parameters())
+        assert report.sections["model"]["parameters"] == stored
+        assert report.sections["batch"]["pairs_per_step"] == 8 and report.sections["memory_gb"]["head"] == 0
+    refused = check(TINY_SFT, ["--model_name_or_path", str(tmp_path / "reward")])
+    assert found(refused, "model_name_or_path", "is a reward model: it scores answers", "error")
 
 
 def test_devices_change_the_accumulation_not_the_batch(tiny: Path) -> None:

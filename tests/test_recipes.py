@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mambalign.check import ModelShape, estimate, known_mistakes
-from mambalign.recipe import Recipe, load_recipe
+from mambalign.recipe import PAIR_STAGES, Recipe, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(p for p in RECIPES.glob("*/*/*.yaml"))
@@ -72,6 +72,7 @@ def test_hyper_parameters_are_the_handbooks(path: Path) -> None:
         ("dpo", "full"): (5e-7, 128, 1.0, 1024, 0.01),
         ("dpo", "gemma_full"): (5e-7, 128, 2.0, 1024, 0.05),
         ("dpo", "qlora"): (5e-6, 128, 1.0, 1024, 0.01),
+        ("reward", "full"): (1e-5, 64, 1.0, 1024, None),  # not the handbook's, which has none
     }
     rate, batch, epochs, length, beta = expected[stage, variant]
     assert (recipe.learning_rate, recipe.global_batch_size) == (rate, batch)
@@ -85,13 +86,16 @@ def test_hyper_parameters_are_the_handbooks(path: Path) -> None:
     assert findings == []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parts[-2] == "dpo"], ids=lambda p: str(p.relative_to(RECIPES)))
-def test_dpo_starts_from_the_sft_runs_output(path: Path) -> None:
+PREFERENCES = [p for p in FILES if p.parts[-2] in PAIR_STAGES]
+
+
+@pytest.mark.parametrize("path", PREFERENCES, ids=lambda p: str(p.relative_to(RECIPES)))
+def test_preferences_start_from_the_sft_runs_output(path: Path) -> None:
     sft = load(path.parents[1] / "sft" / path.name)
-    dpo = load(path)
-    assert dpo.model_name_or_path == sft.output_dir != dpo.output_dir
+    recipe = load(path)
+    assert recipe.model_name_or_path == sft.output_dir != recipe.output_dir
     # The SFT run saves its tokenizer with its template.
-    assert dpo.tokenizer_name_or_path is None and dpo.chat_template is None
+    assert recipe.tokenizer_name_or_path is None and recipe.chat_template is None
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m in ORIGINAL])

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mambalign.recipe import Recipe, UserError
+from mambalign.recipe import PAIR_STAGES, Recipe, UserError
 
 HEAD_BYTES = 128 * 2**20
 SCAN_TILE = 32  # tokens for which the scan keeps one state
@@ -224,7 +224,7 @@ def optimizer_bytes(optim: str) -> float:
 
 def tokens_per_forward(recipe: Recipe, stage: str) -> int:
     """The most tokens a device may see in one forward pass: rows of max_length, or pairs of two completions."""
-    tokens = recipe.per_device_train_batch_size * recipe.max_length * (2 if stage == "dpo" else 1)
+    tokens = recipe.per_device_train_batch_size * recipe.max_length * (2 if stage in PAIR_STAGES else 1)
     return min(tokens, recipe.max_tokens_per_device or tokens)
 
 
@@ -238,6 +238,7 @@ def estimate(shape: ModelShape, recipe: Recipe, stage: str) -> dict[str, float]:
     mixed = recipe.bf16 or recipe.fp16
     compute = 2 if mixed or stored == 2 else 4
     tokens = tokens_per_forward(recipe, stage)
+    head = 0 if stage == "reward" else HEAD_BYTES  # a score needs no logits
     parts: dict[str, float] = {
         "weights": frozen * count + stored * trained if adapters else stored * count,
         "autocast copies": 2 * trained if mixed and stored == 4 else 0,
@@ -245,7 +246,7 @@ def estimate(shape: ModelShape, recipe: Recipe, stage: str) -> dict[str, float]:
         "optimizer": optimizer_bytes(recipe.optim) * trained,
         "kept for backward": kept_bytes_per_token(shape, compute, recipe.gradient_checkpointing) * tokens,
         "working": shape.working * tokens,
-        "head": HEAD_BYTES,
+        "head": head,
     }
     parts["total"] = sum(parts.values())
     return parts

@@ -32,6 +32,8 @@ def known_mistakes(recipe: Recipe, stage: str) -> Iterator[Finding]:
     yield from _adapters(recipe)
     if stage == "dpo":
         yield from _preferences(recipe)
+    if stage == "reward":
+        yield from _rewards(recipe)
     if recipe.save_total_limit == 1:
         yield Finding("warning", "save_total_limit", "1 leaves nothing when a crash tears the newest; keep 2")
     if recipe.save_only_model and recipe.save_strategy != "no":
@@ -46,6 +48,8 @@ def _learning_rate(recipe: Recipe, stage: str) -> Iterator[Finding]:
     usual, most = {
         ("dpo", False): (5e-7, 1e-5),
         ("dpo", True): (5e-6, 5e-5),
+        ("reward", False): (1e-5, 1e-3),
+        ("reward", True): (1e-4, 1e-3),
         ("sft", False): (2e-5, 1e-3),
         ("sft", True): (2e-4, 1e-3),
     }.get((stage, adapters), (2e-4, 3e-3))
@@ -130,6 +134,30 @@ def _preferences(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("warning", "model_name_or_path", f"{name} is a DPO run's result already; is a second one meant?")
     if recipe.rpo_alpha is not None and recipe.rpo_alpha > 10:
         yield Finding("warning", "rpo_alpha", f"{recipe.rpo_alpha:g} leaves little of the preference loss; usual is 1")
+
+
+def _rewards(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.num_train_epochs > 2 and recipe.max_steps < 0:
+        yield Finding(
+            "warning",
+            "num_train_epochs",
+            f"{recipe.num_train_epochs:g}: a reward model overfits its pairs after one epoch (arXiv 2203.02155, "
+            "appendix C.2); usual is 1",
+        )
+    name = recipe.model_name_or_path or ""
+    if _BASE_MODEL.search(name) or _trained_for(name) == "cpt":
+        yield Finding(
+            "warning",
+            "model_name_or_path",
+            f"{name} is a base model: a reward model usually starts from the result of an SFT run, which knows the "
+            "chat template",
+        )
+    if (recipe.center_rewards_coefficient or 0) > 1:
+        yield Finding(
+            "warning",
+            "center_rewards_coefficient",
+            f"{recipe.center_rewards_coefficient:g} leaves little of the preference loss; usual is 0.01",
+        )
 
 
 def _trained_for(model: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mambalign.check.memory import ModelShape, estimate, tokens_per_forward
 from mambalign.check.mistakes import Finding, known_mistakes
-from mambalign.recipe import STAGES, Recipe, UserError, load_recipe
+from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe
 
 SAMPLE = 1000
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -106,7 +106,8 @@ def _stage_of(path: str | Path, overrides: Sequence[str]) -> str:
     folder = Path(path).resolve().parent.name
     if written or folder in STAGES:
         return written or folder
-    raise UserError(f"{path} does not say what it is for: add `stage: sft` (or cpt, dpo) to it, or give --stage")
+    other = ", ".join(name for name in STAGES if name != "sft")
+    raise UserError(f"{path} does not say what it is for: add `stage: sft` (or {other}) to it, or give --stage")
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -129,6 +130,9 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
             raise UserError(f"{name} is neither a folder here nor a hub model with a {files.CONFIG}")
         config = files.read_json(fetched)
     shape = ModelShape.from_config(config)
+    if stage == "reward":
+        shape = replace(shape, tied=True)  # the language head goes
+    _check_head(report, config, name, stage)
     parts = estimate(shape, recipe, stage)
     report.sections["model"] = {
         "name": name,
@@ -149,6 +153,16 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
                 "lower it, set max_tokens_per_device, or gradient_checkpointing: selective or true",
             )
     return shape
+
+
+def _check_head(report: CheckReport, config: dict[str, Any], name: str, stage: str) -> None:
+    from mambalign.models.reward import is_reward_config
+
+    if stage == "reward":
+        is_new = not is_reward_config(config)
+        report.sections["reward_head"] = {"start": "new, from the seed" if is_new else f"the trained one of {name}"}
+    elif is_reward_config(config):
+        report.fail("model_name_or_path", f"{name} is a reward model: it scores answers and cannot be trained to write")
 
 
 def _gb(size: float) -> float:
@@ -190,10 +204,10 @@ def _tokenizer(report: CheckReport, recipe: Recipe, stage: str, shape: ModelShap
     assert name is not None
     revision = None if recipe.tokenizer_name_or_path else recipe.model_revision
     tokenizer = load_tokenizer(name, revision=revision)
-    if stage == "dpo" and recipe.loss_type != "orpo" and not tokenizer.chat_template:
+    if stage in PAIR_STAGES and recipe.loss_type != "orpo" and not tokenizer.chat_template:
         report.warn(
             "model_name_or_path",
-            f"the tokenizer of {name} has no chat template, as a base model's: start DPO from an SFT run's result",
+            f"the tokenizer of {name} has no chat template, as a base model's: start {stage} from an SFT run's result",
         )
     before = len(tokenizer)
     section: dict[str, Any] = {"name": name, "tokens": before}
@@ -243,14 +257,14 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
         return None
     if not full and total > SAMPLE:
         rows = rows.select(sorted(random.Random(recipe.seed).sample(range(len(rows)), SAMPLE)))
-    tokenize = {"cpt": tokenize_text, "sft": tokenize_sft, "dpo": tokenize_preferences}[stage]
+    pairs = stage in PAIR_STAGES
+    tokenize = tokenize_preferences if pairs else {"cpt": tokenize_text, "sft": tokenize_sft}[stage]
     tokenized = tokenize(rows, tokenizer, recipe)
     scale = total / len(rows)
     section: dict[str, Any] = {"rows": total, "rows_looked_at": len(rows), "columns": ", ".join(rows.column_names)}
     section |= {k: v for k, v in tokenized.report.items() if k not in section and isinstance(v, int | float)}
     report.sections[kind] = section
     key = "dataset_mixer" if kind == "train" else "dataset_splits"
-    pairs = stage == "dpo"
     columns = ("prompt_ids", "chosen_ids", "rejected_ids") if pairs else ("input_ids",)
     for column in columns:
         section[f"{column.removesuffix('_ids')}_tokens"] = _distribution(list_lengths(tokenized.dataset, column))
@@ -294,7 +308,8 @@ def _data_warnings(report: CheckReport, recipe: Recipe, kind: str, key: str, loo
         longer = float((chosen > rejected).mean())
         section["chosen_longer_share"] = round(longer, 4)
         if longer > 0.8 and len(chosen) >= 50:
-            report.warn(key, f"chosen is longer in {longer:.0%} of the {kind} pairs: the model will learn to be long")
+            learnt = "take length for quality" if report.stage == "reward" else "be long"
+            report.warn(key, f"chosen is longer in {longer:.0%} of the {kind} pairs: the model will learn to {learnt}")
 
 
 def _distribution(lengths: Any) -> dict[str, float]:
@@ -309,7 +324,7 @@ def _distribution(lengths: Any) -> dict[str, float]:
 def _arithmetic(report: CheckReport, recipe: Recipe, stage: str, rows: int | None, devices: int) -> None:
     accumulation = recipe.accumulation_steps(devices)
     batch = recipe.per_device_train_batch_size * devices * accumulation
-    unit = "pairs" if stage == "dpo" else "rows"
+    unit = "pairs" if stage in PAIR_STAGES else "rows"
     section: dict[str, Any] = {
         f"{unit}_per_device": recipe.per_device_train_batch_size,
         "devices": devices,

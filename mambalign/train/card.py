@@ -14,7 +14,12 @@ from mambalign.recipe import Recipe, UserError
 
 logger = logging.getLogger("mambalign")
 
-STAGES = {"cpt": "continued pre-training", "sft": "supervised fine-tuning", "dpo": "preference optimisation"}
+STAGES = {
+    "cpt": "continued pre-training",
+    "sft": "supervised fine-tuning",
+    "dpo": "preference optimisation",
+    "reward": "training of a reward head",
+}
 # A run folder holds much that is nobody's business on the hub, checkpoints above all.
 NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", "previous-*/**", "reference/**", "runs/**", ".*", ".*/**"]
 
@@ -25,27 +30,23 @@ def write(
     """`README.md` in `folder`: what it was made from, with what recipe and data, and how it measured."""
     header = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if stage == "reward" else "text-generation",
         "base_model": facts["model"],
         "datasets": [name for name in recipe.dataset_mixer if not Path(name).expanduser().exists()],
         "tags": ["mambalign", "mamba", stage],
     }
     settings = recipe.to_dict()
     shown = {key: value for key, value in settings.items() if value != getattr(Recipe(), key)}
-    objective = f"`{recipe.loss_type}`, beta {recipe.beta}" if stage == "dpo" else "next-token cross-entropy"
     parent = f" (itself the result of {STAGES[facts['trained_by']]})" if facts.get("trained_by") in STAGES else ""
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 
 # {recipe.run_name or folder.name}
 
-Made from `{facts["model"]}`{parent} by {STAGES[stage]} with mambalign: {objective}.
+Made from `{facts["model"]}`{parent} by {STAGES[stage]} with mambalign: {_objective(stage, recipe)}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{recipe.hub_model_id or folder}")
-model = AutoModelForCausalLM.from_pretrained("{recipe.hub_model_id or folder}")
+{_usage(stage).format(name=recipe.hub_model_id or folder)}
 ```
 
 ## Lineage
@@ -73,6 +74,29 @@ model = AutoModelForCausalLM.from_pretrained("{recipe.hub_model_id or folder}")
 ```
 """
     (folder / "README.md").write_text(text)
+
+
+def _objective(stage: str, recipe: Recipe) -> str:
+    if stage == "dpo":
+        return f"`{recipe.loss_type}`, beta {recipe.beta}"
+    return "Bradley-Terry on pairs" if stage == "reward" else "next-token cross-entropy"
+
+
+def _usage(stage: str) -> str:
+    """How to load it; `{name}` is to be filled in."""
+    if stage == "reward":
+        return """# transformers has no sequence classification for Mamba. In a shell: mambalign score {name} FILE.jsonl
+from mambalign import load_model, load_tokenizer
+
+tokenizer = load_tokenizer("{name}")
+model = load_model("{name}", head="reward")
+chat = [{{"role": "user", "content": "Hello?"}}, {{"role": "assistant", "content": "Hello!"}}]
+text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()  # ends with the end-of-turn token, as trained
+reward = model(tokenizer(text, return_tensors="pt").input_ids).logits.item()"""
+    return """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")"""
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -10,13 +10,14 @@ from mambalign.recipe import UserError
 from mambalign.train.trainer import METRICS, read_metrics
 
 CURVES = "curves.svg"
+LABELS = {"lengths/accuracies": "by length alone"}
 FORMATS = (".svg", ".png", ".pdf")
-# (title, metrics in the training lines; each is drawn with its `eval_` twin)
+# (title, metrics in the training lines; those that are there are drawn, each with its `eval_` twin)
 PANELS = (
     ("loss", ("loss",)),
     ("tokens per second", ("tokens_per_second",)),
     ("rewards", ("rewards/chosen", "rewards/rejected")),
-    ("share of pairs ranked right", ("rewards/accuracies",)),
+    ("share of pairs ranked right", ("rewards/accuracies", "lengths/accuracies")),
 )
 
 
@@ -60,13 +61,13 @@ def _series(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _panels(series: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
-    return [(title, names) for title, names in PANELS if names[0] in series]
+    return [(title, tuple(n for n in names if n in series)) for title, names in PANELS if names[0] in series]
 
 
 def _panel(axis: Any, title: str, names: tuple[str, ...], series: dict[str, list[tuple[int, float]]]) -> None:
     for number, name in enumerate(names):
         color = f"C{number}"
-        label = name.removeprefix("rewards/")
+        label = LABELS.get(name, name.removeprefix("rewards/"))
         axis.plot(*zip(*series[name], strict=True), color=color, alpha=0.55, linewidth=1, label=label)
         held_out = series.get(f"eval_{name}")
         if held_out:

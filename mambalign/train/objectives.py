@@ -1,4 +1,5 @@
-"""Training objectives as pure functions of log-probabilities, with the equation of the paper on the line that uses it.
+"""Training objectives as pure functions of log-probabilities (a reward model's: of rewards), with the equation of the
+paper on the line that uses it.
 
 Notation: for completion k, `logps` is `sum_t log pi(y_t | x, y_<t)` over its trained tokens and `lengths` their number;
 `ratios` are `logps - reference logps`. Preference losses return one value per pair, never an average: the trainer
@@ -167,6 +168,55 @@ def preference_loss(chosen: Completions, rejected: Completions, options: Prefere
     return losses
 
 
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, center_coefficient: float | None = None
+) -> Tensor:
+    """Loss of a reward model on every pair, `[P]`, from the rewards (scores) of both completions, `[P]` each.
+
+    margins: `[P]`, larger where chosen was judged better by more; None is 0. center_coefficient adds a pull of each
+    pair's rewards to a sum of 0, which the first term leaves open.
+
+    Example:
+        >>> loss = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.5]), margins=torch.tensor([1.5]))
+        >>> round(loss.item(), 4)  # log 2: the margin is just reached
+        0.6931
+    """
+    difference = chosen - rejected
+    if margins is not None:
+        difference = difference - margins  # Llama 2, arXiv 2307.09288 eq. 2
+    losses = -F.logsigmoid(difference)  # Bradley-Terry, arXiv 2203.02155 eq. 1
+    if center_coefficient is not None:
+        losses = losses + center_coefficient * (chosen + rejected) ** 2  # arXiv 2312.09244 section 2
+    return losses
+
+
+@torch.no_grad()
+def reward_metrics(
+    chosen: Tensor, rejected: Tensor, lengths: tuple[Tensor, Tensor], losses: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the pairs; divide by their number. `lengths`: trained tokens of chosen and of rejected, `[P]` each.
+
+    `lengths/accuracies` is what preferring the longer completion would reach: a reward model that is no better than
+    that has perhaps learnt nothing else.
+    """
+    return {
+        "loss": losses.sum(),
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/mean": (chosen + rejected).sum() / 2,
+        "rewards/margins": (chosen - rejected).sum(),
+        "rewards/accuracies": _ranked_right(chosen, rejected),
+        "lengths/chosen": lengths[0].sum(),
+        "lengths/rejected": lengths[1].sum(),
+        "lengths/accuracies": _ranked_right(*lengths),
+    }
+
+
+def _ranked_right(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """How many pairs are. A tie is half right: where all rewards are zero, a coin would score as well."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).sum()
+
+
 @torch.no_grad()
 def rewards(completions: Completions, options: PreferenceOptions) -> Tensor:
     """Implicit reward `[P]`: beta log pi/pi_ref (arXiv 2305.18290 section 4), or without reference beta mean log pi."""
@@ -186,8 +236,7 @@ def preference_metrics(
         "rewards/chosen": up.sum(),
         "rewards/rejected": down.sum(),
         "rewards/margins": (up - down).sum(),
-        # A tie is half right: at step 0 every reward is zero, and a coin would score as well.
-        "rewards/accuracies": ((up > down).float() + 0.5 * (up == down).float()).sum(),
+        "rewards/accuracies": _ranked_right(up, down),
         "logps/chosen": chosen.logps.sum(),
         "logps/rejected": rejected.logps.sum(),
         "lengths/chosen": chosen.lengths.sum(),

@@ -32,17 +32,32 @@ from transformers.integrations import get_reporting_integration_callbacks
 from mambalign.data.chat import apply_template, check_template, set_pad_token
 from mambalign.data.mixer import TokenizedData, load_mix, tokenize_preferences, tokenize_sft, tokenize_text
 from mambalign.data.packing import Collator, PackedRows
-from mambalign.models.checkpoint import add_tokens, load_model, load_tokenizer, save_model
-from mambalign.recipe import Recipe, UserError, nearest
+from mambalign.data.responses import RewardInputs
+from mambalign.models.checkpoint import add_tokens, holds_reward_model, load_model, load_tokenizer, save_model
+from mambalign.models.reward import with_reward_head
+from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest
 from mambalign.train import card, checkpoint, curves
 from mambalign.train.objectives import PreferenceOptions
 from mambalign.train.reference import cache_key, reference_logps, weights_fingerprint
-from mambalign.train.trainer import METRICS, PackedTrainer, PreferenceObjective, SequenceObjective, read_metrics
+from mambalign.train.trainer import (
+    METRICS,
+    Objective,
+    PackedTrainer,
+    PreferenceObjective,
+    RewardObjective,
+    SequenceObjective,
+    read_metrics,
+)
 
 logger = logging.getLogger("mambalign")
 
 RUN, RECIPE, DATA, ENVIRONMENT = "run.json", "recipe.yaml", "data.json", "environment.json"
-TOKENIZE = {"cpt": tokenize_text, "sft": tokenize_sft, "dpo": tokenize_preferences}
+TOKENIZE = {
+    "cpt": tokenize_text,
+    "sft": tokenize_sft,
+    "dpo": tokenize_preferences,
+    "reward": tokenize_preferences,
+}
 # Keys that change where and how fast a run goes, but not what it computes: free to change before resuming.
 FREE_GROUPS = ("logging", "saving", "distributed")
 FREE_KEYS = frozenset(
@@ -63,7 +78,7 @@ class RunResult:
 
 
 def run(stage: str, recipe: Recipe) -> RunResult:
-    """Train `stage` ("cpt", "sft" or "dpo") as the recipe says, resuming whatever its `output_dir` holds.
+    """Train `stage` ("cpt", "sft", "dpo" or "reward") as the recipe says, resuming whatever its `output_dir` holds.
 
     Raises:
         UserError: anything the user can mend: recipe, data, model, or an `output_dir` of another recipe.
@@ -91,9 +106,11 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) ->
     model, tokenizer, facts = load_start(recipe, stage)
     with args.main_process_first(local=False, desc="tokenising"):  # the others read its cache
         train, evaluation = load_data(recipe, stage, tokenizer)
+    if stage == "reward":
+        model.config.reward_inputs = RewardInputs.of(recipe, tokenizer, train).to_dict()
     if args.process_index == 0:
         _write_facts(folder, train, evaluation)
-    kind: Any = "pairs" if stage == "dpo" else "sequences"
+    kind: Any = "pairs" if stage in PAIR_STAGES else "sequences"
     rows = {name: _rows(recipe, data, kind) for name, data in (("train", train), ("eval", evaluation)) if data}
     _check_batches(len(rows["train"]), args)
     with _as_user_error("transformers.Trainer"):
@@ -365,13 +382,17 @@ def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any]]:
     else:
         apply_template(tokenizer, recipe.chat_template)
         check_template(tokenizer)
-    model: Any = load_model(path, dtype=recipe.dtype or "float32", revision=recipe.model_revision)
+    scored = stage == "reward" and holds_reward_model(path, recipe.model_revision)
+    model: Any = load_model(
+        path,
+        dtype=recipe.dtype or "float32",
+        revision=recipe.model_revision,
+        head="reward" if scored else "lm",
+    )
     grown = add_tokens(model, tokenizer, new_ids=len(tokenizer) - before)
     if len(tokenizer) > before:
         logger.info("%d chat tokens added to the tokenizer, %d rows to the embedding", len(tokenizer) - before, grown)
-    model.set_backend(recipe.backend)
-    model.set_selective_recomputation(recipe.gradient_checkpointing == "selective")
-    for config in (model.config, model.generation_config):
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     facts = {
         "model": path,
@@ -379,6 +400,11 @@ def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any]]:
         "weights": weights_fingerprint(model),
         "trained_by": _read_json(Path(path).expanduser() / RUN).get("stage"),
     }
+    if stage == "reward" and not scored:
+        logger.info("the reward head is new, %s has none: it starts at random, from seed %d", path, recipe.seed)
+        model = with_reward_head(model, recipe.seed)
+    model.set_backend(recipe.backend)
+    model.set_selective_recomputation(recipe.gradient_checkpointing == "selective")
     return model, tokenizer, facts
 
 
@@ -407,7 +433,9 @@ def _rows(recipe: Recipe, data: TokenizedData, kind: Any) -> PackedRows:
     )
 
 
-def _objective(stage: str, recipe: Recipe) -> SequenceObjective | PreferenceObjective:
+def _objective(stage: str, recipe: Recipe) -> Objective:
+    if stage == "reward":
+        return RewardObjective(recipe.center_rewards_coefficient)
     if stage != "dpo":
         return SequenceObjective()
     options = PreferenceOptions(
@@ -416,7 +444,7 @@ def _objective(stage: str, recipe: Recipe) -> SequenceObjective | PreferenceObje
     return PreferenceObjective(options, {})
 
 
-def _check_best_metric(recipe: Recipe, objective: SequenceObjective | PreferenceObjective) -> None:
+def _check_best_metric(recipe: Recipe, objective: Objective) -> None:
     name = (recipe.metric_for_best_model or "loss").removeprefix("eval_")
     if name not in objective.metrics:
         raise UserError(
@@ -466,7 +494,7 @@ def _say_plan(trainer: PackedTrainer, rows: dict[str, PackedRows], recipe: Recip
     args = trainer.args
     count = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     train = rows["train"]
-    what = "pairs" if stage == "dpo" else f"rows of {recipe.max_length} tokens, {train.fill:.1%} filled"
+    what = "pairs" if stage in PAIR_STAGES else f"rows of {recipe.max_length} tokens, {train.fill:.1%} filled"
     logger.info(
         "%s: %d %s; %d a step (%d x %d accumulated x %d processes); %s tokens an epoch",
         stage, len(train), what, count, args.train_batch_size, args.gradient_accumulation_steps, args.world_size,

@@ -31,8 +31,10 @@ from mambalign.train import checkpoint as checkpoints
 from mambalign.train.objectives import (
     Completions,
     PreferenceOptions,
+    bradley_terry_loss,
     preference_loss,
     preference_metrics,
+    reward_metrics,
     sequence_sums,
     sft_loss,
 )
@@ -52,9 +54,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Objective(Protocol):
-    """What to make of the log-probs of a batch's targets. `summed`: nothing but their sum goes into the loss."""
-
-    summed: bool
+    """What to ask the model about a batch, and what to make of the answer."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -63,15 +63,41 @@ class Objective(Protocol):
     def items(self, batch: PackedBatch) -> int:
         """How many items of the batch the loss is a sum over."""
 
-    def __call__(self, logps: Tensor, batch: PackedBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+    def ask(self, model: nn.Module, batch: PackedBatch) -> Tensor:
+        """Log-probs of the batch's targets `[M]`, or rewards of its sequences `[K]`; fp32."""
+
+    def __call__(self, answer: Tensor, /, batch: PackedBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss summed over the items, sums of the metrics). `split` says which dataset `batch.indices` index."""
+
+
+def target_logps(model: nn.Module, batch: PackedBatch, summed: bool = False) -> Tensor:
+    """fp32 `[M]` log-probs of the batch's targets: the one place where training meets a language model."""
+    output = model(
+        input_ids=batch.input_ids[None],
+        segments=batch.segments,
+        target_positions=batch.target_positions,
+        target_ids=batch.target_ids,
+        targets_summed=summed,
+        use_cache=False,
+    )
+    logps: Tensor = output.logps
+    return logps
+
+
+def sequence_rewards(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """fp32 `[K]` rewards of the batch's sequences: the one place where training meets a reward model."""
+    output = model(input_ids=batch.input_ids[None], segments=batch.segments, positions=batch.last_positions)
+    rewards: Tensor = output.logits[:, 0]
+    return rewards
 
 
 class SequenceObjective:
     """Continued pre-training and SFT: cross-entropy of the trained tokens."""
 
     metrics = ("loss", "perplexity")
-    summed = True
+
+    def ask(self, model: nn.Module, batch: PackedBatch) -> Tensor:
+        return target_logps(model, batch, summed=True)
 
     def items(self, batch: PackedBatch) -> int:
         return batch.num_targets
@@ -84,7 +110,8 @@ class SequenceObjective:
 class PreferenceObjective:
     """DPO and its kin. `reference[split]` is `[N, 2]`: log-probs of chosen and rejected under the initial weights."""
 
-    summed = False
+    def ask(self, model: nn.Module, batch: PackedBatch) -> Tensor:
+        return target_logps(model, batch)
 
     def __init__(self, options: PreferenceOptions, reference: dict[str, Tensor]):
         self.options, self.reference = options, reference
@@ -109,18 +136,28 @@ class PreferenceObjective:
         return losses.sum(), preference_metrics(chosen, rejected, losses, self.options)
 
 
-def target_logps(model: nn.Module, batch: PackedBatch, summed: bool = False) -> Tensor:
-    """fp32 `[M]` log-probs of the batch's targets: the one place where training meets the model."""
-    output = model(
-        input_ids=batch.input_ids[None],
-        segments=batch.segments,
-        target_positions=batch.target_positions,
-        target_ids=batch.target_ids,
-        targets_summed=summed,
-        use_cache=False,
-    )
-    logps: Tensor = output.logps
-    return logps
+class RewardObjective:
+    """Reward models: Bradley-Terry on the scores at the ends of chosen and rejected."""
+
+    def ask(self, model: nn.Module, batch: PackedBatch) -> Tensor:
+        return sequence_rewards(model, batch)
+
+    def __init__(self, center_coefficient: float | None = None):
+        self.center_coefficient = center_coefficient
+        nothing = torch.empty(0)
+        self.metrics = tuple(reward_metrics(nothing, nothing, (nothing, nothing), nothing))
+
+    def items(self, batch: PackedBatch) -> int:
+        assert batch.pairs is not None
+        return batch.pairs.shape[0]
+
+    def __call__(self, rewards: Tensor, batch: PackedBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.pairs is not None
+        tokens = torch.bincount(batch.target_sequence, minlength=batch.num_sequences)
+        chosen, rejected = (rewards.index_select(0, k) for k in batch.pairs.unbind(1))
+        losses = bradley_terry_loss(chosen, rejected, batch.margins, self.center_coefficient)
+        lengths = tokens[batch.pairs[:, 0]], tokens[batch.pairs[:, 1]]
+        return losses.sum(), reward_metrics(chosen, rejected, lengths, losses)
 
 
 class PackedTrainer(Trainer):
@@ -180,7 +217,7 @@ class PackedTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         if not inputs:
             # The last round of an epoch had no rows left for this process; the others wait for its gradients: zeros.
-            self.accelerator.backward(0.0 * target_logps(model, _placeholder().to(self.args.device)).sum())
+            self.accelerator.backward(0.0 * self.objective.ask(model, _placeholder().to(self.args.device)).sum())
         for number, batch in enumerate(inputs):
             # DDP decides in the forward pass whether the backward pass will exchange gradients.
             with nullcontext() if number == len(inputs) - 1 else self.accelerator.no_sync(model):
@@ -189,8 +226,7 @@ class PackedTrainer(Trainer):
 
     def _forward_backward(self, model: nn.Module, batch: PackedBatch, num_items: Any) -> Tensor:
         with self.compute_loss_context_manager():
-            logps = target_logps(model, batch, self.objective.summed)
-            loss, sums = self.objective(logps, batch, "train")
+            loss, sums = self.objective(self.objective.ask(model, batch), batch, "train")
         # DDP averages gradients over processes; the count is over all of them, so put the sum back.
         loss = loss * self.accelerator.num_processes / num_items
         if not bool(torch.isfinite(loss)):
@@ -292,7 +328,7 @@ class PackedTrainer(Trainer):
             for batch in batches:
                 batch = batch.to(self.args.device)
                 with self.compute_loss_context_manager():
-                    _, part = self.objective(target_logps(model, batch), batch, "eval")
+                    _, part = self.objective(self.objective.ask(model, batch), batch, "eval")
                 for name, value in part.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
                 items += self.objective.items(batch)

@@ -1,6 +1,6 @@
-"""Make a new, random Mamba of 16.5 million parameters with a given tokenizer: what the first-run recipes start from.
+"""Make a new, random Mamba with a given tokenizer: what the first-run recipes start from.
 
-python recipes/first-run/new_model.py TOKENIZER [FOLDER]     # default folder runs/first/new
+python recipes/first-run/new_model.py TOKENIZER [FOLDER [HIDDEN_SIZE LAYERS]]     # runs/first/new, 256 wide, 8 layers
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from transformers import MambaConfig, MambaForCausalLM
 from mambalign.models.checkpoint import load_tokenizer
 
 
-def main(tokenizer_path: str, folder: Path) -> None:
+def main(tokenizer_path: str, folder: Path, hidden_size: int, layers: int) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     torch.manual_seed(0)
     config = MambaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
-        hidden_size=256,
-        num_hidden_layers=8,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
         initializer_range=0.02,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -32,4 +32,6 @@ def main(tokenizer_path: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "runs/first/new"))
+    given = sys.argv[1:]
+    tokenizer, folder, hidden_size, layers = given + [None, "runs/first/new", "256", "8"][len(given) :]
+    main(tokenizer, Path(folder), int(hidden_size), int(layers))

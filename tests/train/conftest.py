@@ -16,7 +16,7 @@ from transformers import MambaConfig, PreTrainedTokenizerFast
 
 from mambalign.models import MambaForCausalLM
 from mambalign.models.checkpoint import save_model
-from mambalign.recipe import Recipe
+from mambalign.recipe import PAIR_STAGES, Recipe
 from mambalign.train.run import run
 
 WORDS = "red blue green dog cat bird runs sleeps eats the a big small yes no why because not very".split()
@@ -87,7 +87,7 @@ def recipe(workbench: Path, tmp_path: Path) -> Callable[..., Recipe]:
     def make(stage: str, **changes: Any) -> Recipe:
         values: dict[str, Any] = dict(
             model_name_or_path=str(workbench / "model"),
-            dataset_mixer={str(workbench / stage): 1.0},
+            dataset_mixer={str(workbench / ("dpo" if stage == "reward" else stage)): 1.0},
             output_dir=str(tmp_path / stage),
             max_length=128,
             per_device_train_batch_size=2,
@@ -100,7 +100,7 @@ def recipe(workbench: Path, tmp_path: Path) -> Callable[..., Recipe]:
             disable_tqdm=True,
             report_to=[],
         )
-        if stage == "dpo":
+        if stage in PAIR_STAGES:
             values |= dict(max_prompt_length=64, per_device_train_batch_size=4)
         return Recipe.from_dict(values | changes, stage=stage)
 

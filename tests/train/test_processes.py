@@ -45,7 +45,7 @@ def on_two_processes(stage: str, recipe: Recipe) -> None:
         assert process.exitcode == 0
 
 
-@pytest.mark.parametrize(("stage", "bound"), [("sft", None), ("dpo", 140)])
+@pytest.mark.parametrize(("stage", "bound"), [("sft", None), ("dpo", 140), ("reward", 140)])
 def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_path: Path) -> None:
     """Neither training nor evaluation rows divide by the batch; of the last round one process gets no row at all.
 
