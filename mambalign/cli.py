@@ -23,7 +23,8 @@ import mambalign
 
 app = typer.Typer(
     name="mambalign",
-    help="Aligns Mamba language models: continued pre-training, SFT and DPO from YAML recipes, on a CPU or many GPUs.",
+    help="Aligns Mamba language models: continued pre-training, SFT, DPO, reward models from YAML recipes, on a CPU or "
+    "many GPUs.",
     epilog="New here? [bold]mambalign demo[/] shows all of it in minutes.\n\n"
     "Exit codes: 0 done, 1 a crash or a diverged loss, 2 a mistake in what was given (one sentence says which), "
     "85 stopped by a signal after a checkpoint, 130 interrupted.",
@@ -161,6 +162,99 @@ def dpo(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
     _train("dpo", recipe, ctx.args, debug)
 
 
+@app.command(context_settings=_OVERRIDES, epilog=_TRAINING_VERBS)
+def reward(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
+    """Train a reward model on preferences: one score for an answer, higher where people would prefer it.
+
+    A scalar head on the model, Bradley-Terry loss, with margins if the data have a column `margin`. Start from the
+    result of an SFT run, or from a reward model, whose head is then trained on.
+
+    Watch rewards/accuracies beside lengths/accuracies, what preferring the longer answer would reach.
+
+    Example: [bold]mambalign reward recipes/mamba-130m/reward/config_full.yaml --learning_rate 3e-5[/]
+    """
+    _train("reward", recipe, ctx.args, debug)
+
+
+# --- reward models at work -------------------------------------------------------------------------------------------
+
+
+Out = Annotated[Path | None, typer.Option("--out", help="File to write; default: beside the input.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Type of the weights: float32, bfloat16 or auto (as stored).")]
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A reward model: a `mambalign reward` run's folder.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with answers.", show_default=False)],
+    out: Out = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; lower it if memory is short.")] = (
+        16384
+    ),
+    device: Device = None,
+    dtype: Dtype = "float32",
+    debug: Debug = False,
+) -> None:
+    """Score answers with a reward model and rank them.
+
+    A row is {"prompt": text or messages, "responses": [...]}, or {"messages": [...], "responses": [...]}, or a
+    preference pair {"chosen": ..., "rejected": ...}. Rows come out in their order with `scores`, one a response, and
+    `ranking`, best first; of pairs the accuracy is printed too, beside that of length alone.
+
+    Killed? The same command goes on where it stopped.
+
+    Example: [bold]mambalign score runs/reward answers.jsonl --out ranked.jsonl[/]
+    """
+    _log()
+    with _user_errors(debug, interrupted="; run the same command again to go on"):
+        from mambalign.generation.scoring import score_file
+
+        out = out or file.with_suffix(".scored.jsonl")
+        _summary(out, score_file(model, file, out, device=device, dtype=dtype, max_tokens=max_tokens))
+
+
+@app.command("best-of-n")
+def best_of_n(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="The model that answers.", show_default=False)],
+    reward_model: Annotated[str, typer.Argument(metavar="REWARD", help="The reward model.", show_default=False)],
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="Rows with prompts.", show_default=False)],
+    n: Annotated[int, typer.Option("-n", help="Answers a prompt.")] = 8,
+    out: Out = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of sampling; lower is more alike.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="With a prompt's tokens it decides the answers to it.")] = 42,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    debug: Debug = False,
+) -> None:
+    """Answer every prompt n times and keep the answer that a reward model scores highest.
+
+    A row is {"prompt": text or messages} or {"messages": [...]}. Rows come out in their order with `best` and all
+    `candidates`, their scores, and whether the model finished them. The policy's and the reward model's own chat
+    templates are used.
+
+    Killed? The same command goes on where it stopped, with the same answers.
+
+    Example: [bold]mambalign best-of-n runs/sft runs/reward prompts.jsonl -n 8 --temperature 0.8[/]
+    """
+    _log()
+    with _user_errors(debug, interrupted="; run the same command again to go on"):
+        from mambalign.generation.best_of_n import best_of_n as choose
+        from mambalign.generation.sampling import Sampling
+
+        sampling = Sampling(n, max_new_tokens, temperature, top_p, seed)
+        out = out or prompts.with_suffix(f".best-of-{n}.jsonl")
+        _summary(out, choose(policy, reward_model, prompts, out, sampling, device=device, dtype=dtype))
+
+
+def _summary(out: Path, summary: dict[str, Any]) -> None:
+    print(f"{out}: {'was finished before' if summary.pop('finished_before', False) else 'finished'}")
+    for name, value in summary.items():
+        print(f"  {name.replace('_', ' ')}: {value:,}")
+
+
 # --- looking, converting ---------------------------------------------------------------------------------------------
 
 
@@ -168,7 +262,7 @@ def dpo(ctx: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
 def check(
     ctx: typer.Context,
     recipe: RecipePath,
-    stage: Annotated[str | None, typer.Option(help="cpt, sft or dpo, if recipe and folder do not say.")] = None,
+    stage: Annotated[str | None, typer.Option(help="cpt, sft, dpo or reward, if recipe and folder do not say.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices the run will have.")] = 1,
     full: Annotated[bool, typer.Option("--full", help="Tokenise every row, not a sample of 1000.")] = False,
     as_json: AsJson = False,
@@ -312,9 +406,11 @@ def list_recipes(
         console = _console()
         from rich.table import Table
 
+        from mambalign.recipe import STAGES
+
         table = Table(_name("recipe"), "stage", _long("starts from"), _long("data"), box=None, pad_edge=False)
         for path in sorted(folder.rglob("*.y*ml")):
-            if path.parent.name in ("cpt", "sft", "dpo"):
+            if path.parent.name in STAGES:
                 recipe = mambalign.load_recipe(path)
                 name = recipe.model_name_or_path or ""
                 table.add_row(str(path), recipe.stage or path.parent.name, name, ", ".join(recipe.dataset_mixer))
@@ -325,7 +421,7 @@ def list_recipes(
 def show_recipe(
     ctx: typer.Context,
     recipe: RecipePath,
-    stage: Annotated[str | None, typer.Option(help="cpt, sft or dpo: with the defaults of that stage.")] = None,
+    stage: Annotated[str | None, typer.Option(help="cpt, sft, dpo or reward: with the defaults of that stage.")] = None,
     debug: Debug = False,
 ) -> None:
     """Print a recipe in full: with what it extends, your overrides, and every default, as YAML.

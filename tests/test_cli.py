@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mambalign
 from mambalign.cli import app
 
-VERBS = ["cpt", "sft", "dpo", "check", "plot", "convert", "doctor", "demo"]
+VERBS = ["cpt", "sft", "dpo", "reward", "score", "best-of-n", "check", "plot", "convert", "doctor", "demo"]
 
 
 def run(*words: str) -> Any:
@@ -85,7 +85,7 @@ def test_the_top_level_help_lists_every_verb() -> None:
     assert all(verb in output for verb in [*VERBS, "recipes"])
 
 
-@pytest.mark.parametrize("stage", ["cpt", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["cpt", "sft", "dpo", "reward"])
 def test_a_training_verb_hands_recipe_and_overrides_to_run(stage: str, tmp_path: Path, trained: list[Any]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model_name_or_path: m\ndataset_mixer: {d: 1.0}\noutput_dir: o\n")
@@ -110,6 +110,8 @@ def test_a_training_verb_hands_recipe_and_overrides_to_run(stage: str, tmp_path:
         (["convert", "nowhere/at/all", "out", "--to", "hf"], "nowhere/at/all"),
         (["recipes", "keys", "--group", "modle"], "did you mean 'model'"),
         (["recipes", "list", "nowhere"], "there is no folder nowhere"),
+        (["score", "nowhere", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["best-of-n", "a", "b", "nowhere.jsonl", "--temperature", "0"], "temperature: 0.0 must be above 0"),
         (["check", "nowhere.yaml"], "recipe nowhere.yaml does not exist"),
         (["plot", "nowhere"], "is it a run folder?"),
         (["plot", "nowhere", "--out", "curves"], "a file name that ends in .svg, .png, .pdf"),

@@ -332,9 +332,9 @@ def test_a_diverging_loss_stops_with_the_rows(recipe: Make, monkeypatch: pytest.
 
     real, calls = module.target_logps, []
 
-    def poisoned(model: Any, batch: Any) -> torch.Tensor:
+    def poisoned(*given: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
-        return real(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
+        return real(*given, **options) * (float("nan") if len(calls) == 9 else 1.0)
 
     monkeypatch.setattr(module, "target_logps", poisoned)
     with pytest.raises(
@@ -352,9 +352,9 @@ def test_a_diverging_gradient_never_reaches_a_checkpoint(
 
     real, calls = module.target_logps, []
 
-    def poisoned(model: Any, batch: Any) -> torch.Tensor:
+    def poisoned(*given: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
-        logps = real(model, batch)
+        logps = real(*given, **options)
         if len(calls) == 5:
             logps.register_hook(lambda gradient: gradient * float("nan"))
         return logps

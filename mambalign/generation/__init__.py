@@ -1,0 +1,1 @@
+"""Answers from models: sampled, scored, and the best of several."""
