@@ -57,7 +57,7 @@ def load_model(
     Returns our class (a subclass of the transformers one), in eval mode on `device` (default: CPU).
     dtype: of the weights; "auto" keeps the stored one (the widest, if several). `A_log`, `D` and the bias of the step
     sizes are float32 with any half dtype. head: "lm" for a language model, "reward" for a reward model (see
-    `reward.py`); the other kind is refused. hf_kwargs go to `from_pretrained` (`cache_dir`, `token`, `device_map`, ...).
+    `reward.py`); the other kind is refused. hf_kwargs go to `from_pretrained` (`cache_dir`, `token`, ...).
 
     Raises UserError: no such folder or hub model, not a Mamba, a PEFT adapter, a quantised checkpoint, damaged files,
     a model with the other head, and any parameter missing from the weights, unknown to the model or of another shape.
