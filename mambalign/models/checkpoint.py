@@ -54,13 +54,15 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a Mamba-1, Falcon-Mamba or Mamba-2 from a folder or hub id, in the Hugging Face or the original layout.
 
-    Returns our class (a subclass of the transformers one), in eval mode on `device` (default: CPU).
+    Returns our class (a subclass of the transformers one), in eval mode on `device` (default: CPU). A folder with a
+    PEFT adapter is loaded as its base model with the adapter merged into it, in float32 (see `lineage.load_adapter`).
     dtype: of the weights; "auto" keeps the stored one (the widest, if several). `A_log`, `D` and the bias of the step
     sizes are float32 with any half dtype. head: "lm" for a language model, "reward" for a reward model (see
     `reward.py`); the other kind is refused. hf_kwargs go to `from_pretrained` (`cache_dir`, `token`, ...).
 
-    Raises UserError: no such folder or hub model, not a Mamba, a PEFT adapter, a quantised checkpoint, damaged files,
-    a model with the other head, and any parameter missing from the weights, unknown to the model or of another shape.
+    Raises UserError: no such folder or hub model, not a Mamba, an adapter on another base than it was trained on, a
+    quantised checkpoint, damaged files, a model with the other head, and any parameter missing from the weights,
+    unknown to the model or of another shape.
 
     >>> model = load_model("state-spaces/mamba-130m")  # doctest: +SKIP
     """
@@ -69,6 +71,13 @@ def load_model(
     wanted = _dtype(dtype)
     hub = {key: hf_kwargs.pop(key) for key in files.HUB_OPTIONS if key in hf_kwargs}
     folder = files.resolve_folder(path, revision, **hub)
+    if files.is_adapter(folder):
+        from mambalign.models.adapters import merge  # PEFT takes seconds to import
+        from mambalign.models.lineage import load_adapter
+
+        model = merge(load_adapter(path, revision=revision, **hub, **hf_kwargs)[0])
+        model.name_or_path = os.fspath(path)
+        return model.to(device=None if device is None else _device(device), dtype=wanted)
     raw = files.read_json(folder / files.CONFIG)
     _check_head(path, raw, head)
     if original.is_original(raw):
@@ -130,7 +139,7 @@ def save_model(
         original.to_original_config(model)  # refuse before anything is touched
     with files.replaced_folder(path, overwrite=overwrite) as staging:
         if layout == "hf":
-            _write_hf(model, staging)
+            write_hf(model, staging)
         else:
             original.write_original(model, staging, weights)
         if tokenizer is not None:
@@ -166,11 +175,11 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], to: Layout
     model = load_model(src, dtype="auto", **hub)
     with files.replaced_folder(target) as staging:
         if to == "hf":
-            _write_hf(model, staging)
+            write_hf(model, staging)
         else:
             original.write_original(model, staging, as_it_came=True)
         difference = _prove_equal(model, staging, src)
-        _carry_files(src, staging, **hub)
+        carry_files(src, staging, **hub)
         written = files.weight_files(staging)
         report = ConversionReport(
             source=os.fspath(src),
@@ -250,7 +259,7 @@ def _check_head(path: str | os.PathLike[str], raw: dict[str, Any], head: Head) -
         )
 
 
-def _write_hf(model: PreTrainedModel, folder: Path) -> None:
+def write_hf(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     config = files.read_json(folder / files.CONFIG)
     if config.get("rescale_prenorm_residual"):
@@ -310,7 +319,7 @@ def _from_pretrained(
     folder: Path | None, config: Any, dtype: torch.dtype, source: Path, hf_kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     """`from_pretrained`, but with nothing left to chance: see the errors of `load_model`."""
-    config.rescale_prenorm_residual = False  # see _write_hf
+    config.rescale_prenorm_residual = False  # see write_hf
     family = reward_class if is_reward_config(vars(config)) else model_class
     model, info = family(config).from_pretrained(
         folder,
@@ -394,7 +403,7 @@ def _check_layout(layout: str) -> None:
         raise UserError(f"layout {layout!r} is unknown; it must be {' or '.join(map(repr, LAYOUTS))}")
 
 
-def _carry_files(src: str | os.PathLike[str], staging: Path, revision: str | None = None, **options: Any) -> None:
+def carry_files(src: str | os.PathLike[str], staging: Path, revision: str | None = None, **options: Any) -> None:
     """Copy the tokenizer's files of `src`, a folder or a hub id, as they are."""
     hub = {key: options[key] for key in files.HUB_OPTIONS if key in options}
     local = files.is_local(src)
@@ -421,7 +430,7 @@ def _notes(folder: Path, written: list[Path], layout: Layout) -> tuple[str, ...]
 def _prove_equal(model: PreTrainedModel, folder: Path, src: str | os.PathLike[str]) -> float:
     """Max abs logit difference of `model` (turned to float32) and the one in `folder`; UserError if not the same."""
     model = model.float()
-    before, logits = _digests(model), _probe_logits(model)
+    before, logits = _digests(model), probe_logits(model)
     for parameter in model.parameters():  # the two models need not be in memory together
         parameter.data = torch.empty(0)
     written = load_model(folder, dtype="float32")
@@ -429,7 +438,7 @@ def _prove_equal(model: PreTrainedModel, folder: Path, src: str | os.PathLike[st
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if differing:
         raise UserError(f"{src} does not survive the conversion: {', '.join(differing[:3])} came back changed")
-    difference = (_probe_logits(written) - logits).abs().max().item()
+    difference = (probe_logits(written) - logits).abs().max().item()
     if not difference <= 1e-5 * max(1.0, logits.abs().max().item()):  # also when it is NaN
         raise UserError(f"{src}: the logits after conversion differ by {difference:.3g} (or are not finite)")
     return difference
@@ -443,6 +452,6 @@ def _digests(model: PreTrainedModel) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _probe_logits(model: PreTrainedModel, length: int = 64) -> torch.Tensor:
+def probe_logits(model: PreTrainedModel, length: int = 64) -> torch.Tensor:
     ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     return model(input_ids=ids).logits.float()

@@ -28,6 +28,8 @@ CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LINEAGE = "lineage.json"  # what a model or an adapter was made from
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -55,7 +57,9 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 
 def resolve_folder(path: str | os.PathLike[str], revision: str | None = None, **hub: Any) -> Path:
-    """The local folder with `path`'s config.json and weights; a hub id is downloaded (or found in the cache) first.
+    """The local folder with `path`'s config.json and weights, or with its adapter (see `is_adapter`).
+
+    A hub id is downloaded (or found in the cache) first.
 
     hub: `cache_dir`, `token`, `local_files_only`, `force_download`, as in transformers. Raises UserError.
     """
@@ -67,13 +71,18 @@ def resolve_folder(path: str | os.PathLike[str], revision: str | None = None, **
         raise UserError(f"{folder} is a file; a model is a folder with {CONFIG} and weights: give its folder")
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}{_did_you_mean(folder)}")
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(_adapter_message(folder))
-    if not (folder / CONFIG).is_file():
+    if not is_adapter(folder) and not (folder / CONFIG).is_file():
         inner = sorted(entry.parent.name for entry in folder.glob(f"[!.]*/{CONFIG}"))
         hint = f"; did you mean one of its subfolders: {', '.join(inner[-3:])}?" if inner else ""
         raise UserError(f"{folder} holds no {CONFIG}, so it is not a model folder (or saving it never finished){hint}")
     return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, and no weights of a model beside it."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    return not any(_WEIGHT_FILE.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -251,8 +260,8 @@ def _load_torch_file(file: Path, device: str) -> dict[str, torch.Tensor]:
 
 def _download(name: str, revision: str | None, hub: dict[str, Any]) -> Path:
     folder = snapshot(name, revision, hub, (CONFIG, ADAPTER_CONFIG, "generation_config.json"))
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(_adapter_message(name))
+    if is_adapter(folder):
+        return snapshot(name, folder.name, hub, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE))
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name} on the hub holds no {CONFIG}, so it is not a model")
     for weights in (SAFETENSORS, TORCH_BIN):
@@ -283,13 +292,6 @@ def fetch(name: str, file: str, revision: str | None, hub: dict[str, Any]) -> Pa
     """One file of a hub repository through the cache; None where the repository has none of that name."""
     found = snapshot(name, revision, hub, (file,)) / file
     return found if found.is_file() else None
-
-
-def _adapter_message(name: str | Path) -> str:
-    return (
-        f"{name} holds a PEFT adapter ({ADAPTER_CONFIG}), not a model: adapters are not in this version yet. "
-        "Merge it into its base model and save that"
-    )
 
 
 def _did_you_mean(folder: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.falcon_mamba import modeling_falcon_mamba as hf_falcon
@@ -31,6 +32,7 @@ from mambalign.ops.rms_norm import normalised
 # (https://github.com/state-spaces/mamba#precision), and so do we: on loading, and on any later `.to(dtype)`.
 FP32_PARAMETERS = ("A_log", "D", "dt_proj.bias", "dt_bias")
 FP32_PATTERNS = ["A_log", r"mixer\.D$", r"dt_proj\.bias", "dt_bias"]
+CALLED_HEAD_ELEMENTS = 2**24  # logits that exist at a time where the head is called as a module: 64 MiB in fp32
 # How other stacks mark a packed row. transformers' Mamba drops these without a word, and its documents leak.
 FOREIGN_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 
@@ -43,7 +45,10 @@ class CausalLMOutput(MambaCausalLMOutput):
 
 
 class StepSizeProjection(nn.Linear):
-    """`dt_proj` without its bias, which the scan adds in fp32: `bias` stays fp32 beside weights in bf16."""
+    """`dt_proj` without its bias, which the scan adds in fp32: `bias` stays fp32 beside weights in bf16.
+
+    Whoever wraps it must not take the bias out of its output: it is not in there (see `adapters.StepSizeLora`).
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight)
@@ -432,7 +437,7 @@ class PackedCausalLM:
         if target_positions is not None and target_ids is not None:
             predicting = take_rows(hidden.flatten(0, 1), target_positions)
             summed = targets_summed or labels is not None
-            logps = token_logps(predicting, self.lm_head.weight, target_ids, backend=self.backend, summed=summed)
+            logps = _head_logps(self.lm_head, predicting, target_ids, self.backend, summed)
             if labels is not None:
                 count = kwargs.get("num_items_in_batch")
                 loss = -logps.sum() / (logps.numel() if count is None else count)
@@ -451,6 +456,26 @@ class PackedCausalLM:
             logps=logps,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _head_logps(head: nn.Module, hidden: Tensor, ids: Tensor, backend: str, summed: bool) -> Tensor:
+    """fp32 `[M]` log-probs of `ids` under a head of any kind; logits exist for a chunk of rows at a time.
+
+    A plain head is a weight that the fused op reads. Any other (with an adapter, quantised) is called, and called
+    again in the backward pass: an adapter on it is never passed over.
+    """
+    if type(head) is nn.Linear:
+        return token_logps(hidden, head.weight, ids, backend=backend, summed=summed)
+
+    def logps_of(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits: Tensor = head(rows)
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
+        return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+
+    rows = max(1, CALLED_HEAD_ELEMENTS // head.out_features)  # type: ignore[operator]
+    chunks = zip(hidden.split(rows), ids.split(rows), strict=True)
+    parts = [checkpoint(logps_of, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat(parts) if parts else hidden.sum(1)
 
 
 def _predicted(labels: Tensor, attention_mask: Tensor) -> Tensor:

@@ -186,17 +186,32 @@ class Recipe:
         None, "objective", "Tokens per forward of the reference pass; null is the training batch's size."
     )
 
-    use_peft: bool = _key(False, "adapters", "Train LoRA adapters instead of all weights.")
+    use_peft: bool = _key(False, "adapters", "Train LoRA adapters, and what lora_modules_to_save names, alone.")
     lora_r: int = _key(16, "adapters", "Rank of the adapters.")
-    lora_alpha: int = _key(16, "adapters", "Scale of the adapters: alpha / r.")
+    lora_alpha: float = _key(16, "adapters", "Scale of the adapters: alpha / r.")
     lora_dropout: float = _key(0.05, "adapters", "Dropout on the adapters' input.")
     lora_bias: Literal["none", "all", "lora_only"] = _key("none", "adapters", "Which biases train along.")
-    lora_target_modules: list[str] | None = _key(None, "adapters", "Modules that get an adapter.")
-    lora_modules_to_save: list[str] | None = _key(None, "adapters", "Modules trained in full beside the adapters.")
-    load_in_4bit: bool = _key(False, "adapters", "QLoRA: keep the frozen weights in 4 bits.")
-    load_in_8bit: bool = _key(False, "adapters", "Keep the frozen weights in 8 bits.")
+    lora_target_modules: list[str] | None = _key(
+        None,
+        "adapters",
+        "Modules that get an adapter, by the end of their names: in_proj, x_proj, dt_proj, out_proj, embeddings, "
+        "lm_head; all-linear is every projection; null is in_proj and out_proj.",
+    )
+    lora_modules_to_save: list[str] | None = _key(
+        None,
+        "adapters",
+        "Modules and parameters trained in full beside the adapters: A_log, D, dt_proj.bias, conv1d, norm, embeddings.",
+    )
+    use_dora: bool = _key(False, "adapters", "DoRA: train the magnitude of every weight's rows apart from the adapter.")
+    use_rslora: bool = _key(False, "adapters", "Scale the adapters by alpha / sqrt(r) instead.")
+    load_in_4bit: bool = _key(
+        False, "adapters", "QLoRA: keep the frozen in_proj and out_proj in 4 bits, all else as dtype says."
+    )
+    load_in_8bit: bool = _key(False, "adapters", "The same in 8 bits.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _key("nf4", "adapters", "4-bit number format.")
-    bnb_4bit_quant_storage: str | None = _key(None, "adapters", "Type of the tensors that hold the 4-bit numbers.")
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] | None = _key(
+        None, "adapters", "Type of the tensors that hold the 4-bit numbers; null is uint8."
+    )
     use_bnb_nested_quant: bool = _key(False, "adapters", "Quantise the quantisation constants too.")
 
     output_dir: str | None = _arg(
@@ -381,10 +396,6 @@ class Recipe:
         """Splits that are only ever evaluated, by their name."""
         return [s for s in self.dataset_splits if is_test_split(s)]
 
-    def adapter_keys(self) -> list[str]:
-        """The keys that ask for adapters or quantised weights, empty for full fine-tuning."""
-        return [name for name in ("use_peft", "load_in_4bit", "load_in_8bit") if getattr(self, name)]
-
     def accumulation_steps(self, world_size: int = 1) -> int:
         """Device batches per optimizer step with `world_size` devices.
 
@@ -483,6 +494,11 @@ def _check_values(recipe: Recipe) -> None:
         refuse("fp16", "bf16 is on too; keep bf16")
     if recipe.load_in_4bit and recipe.load_in_8bit:
         refuse("load_in_8bit", "load_in_4bit is on too; keep one of them")
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(recipe, key) and not recipe.use_peft:
+            refuse(key, "quantised weights cannot be trained; set use_peft: true to train adapters on them")
+    if not 0 <= recipe.lora_dropout < 1:
+        refuse("lora_dropout", "it is a share from 0 to below 1")
     if isinstance(recipe.dataset_configs, list) and len(recipe.dataset_configs) != len(recipe.dataset_mixer):
         refuse("dataset_configs", f"it names one for each of the {len(recipe.dataset_mixer)} datasets of dataset_mixer")
     for name, share in recipe.dataset_mixer.items():
