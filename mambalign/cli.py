@@ -338,6 +338,30 @@ def convert(
 
 
 @app.command()
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, checkpoint or hub id with an adapter.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder.")],
+    base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Put an adapter into its base model, compare logits before and after, and write plain transformers files.
+
+    Example: [bold]mambalign merge data/mamba-2.8b-dpo-qlora my/mamba-2.8b-chat[/]
+    """
+    _log()
+    with _user_errors(debug):
+        if not Path(run).expanduser().exists():
+            _without_a_silent_hub()
+        from mambalign.models.lineage import merge_adapter
+
+        report = merge_adapter(run, out, base=base)
+        print(f"{report.destination}: {report.source} on {report.base}, {report.bytes / 1e6:,.1f} MB")
+        print(f"compared with the model before merging: logits differ by at most {report.max_abs_logit_difference:g}")
+        for note in report.notes:
+            print(f"note: {note}")
+
+
+@app.command()
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     """Print versions, devices, the backend of every op and why, and where models and data come from.
 

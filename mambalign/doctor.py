@@ -14,14 +14,14 @@ from typing import Any
 import mambalign
 
 REQUIRED = (
-    "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface-hub", "tensorboard",
+    "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface-hub", "peft",
+    "tensorboard",
 )  # fmt: skip
 # What each adds here; none is needed for training on a CPU or one GPU.
 OPTIONAL = {
     "cuda-bindings": "GPU kernels",
     "fla-core": "GPU kernels of Mamba-2's scan",
     "bitsandbytes": "8-bit optimizers, 4-bit weights",
-    "peft": "adapters",
     "wandb": "report_to: wandb",
     "openai": "judges with an OpenAI-compatible API",
     "scikit-learn": "length-controlled win rates",

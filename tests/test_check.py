@@ -159,9 +159,18 @@ def test_the_estimate_follows_the_recipe() -> None:
     # What tests/models/test_recompute.py measures to the byte.
     dropped = parts(bf16=True)["total"] - parts(bf16=True, gradient_checkpointing="selective")["total"]
     assert dropped == pytest.approx(64 * 2 * (2560 + 2 * 5120) * tokens_per_forward(Recipe(), "sft"))
-    adapters = parts(use_peft=True, load_in_4bit=True, lora_r=8, lora_target_modules=["in_proj"])
-    assert adapters["gradients"] == 4 * 64 * 8 * (2560 + 2 * 5120)
-    assert adapters["weights"] < 0.6 * count
+    adapters = parts(use_peft=True, lora_r=8, lora_target_modules=["in_proj"], lora_modules_to_save=["A_log", "D"])
+    trained = 64 * (8 * (2560 + 2 * 5120) + 5120 * 17)
+    assert adapters["gradients"] == 4 * trained and adapters["optimizer"] == 8 * trained
+    assert adapters["weights"] == 4 * (count + trained)
+    head = parts(use_peft=True, lora_r=8, lora_target_modules=["all-linear", "lm_head"])["gradients"]
+    assert head == 4 * 8 * (64 * (2560 + 10240 + 5120 + 192 + 160 + 5120 + 5120 + 2560) + 50280 + 2560)
+    packed = parts(use_peft=True, load_in_4bit=True, bf16=True, dtype="bfloat16", lora_r=8)
+    large = 64 * (2560 * 10240 + 5120 * 2560)  # in_proj and out_proj; one at a time is unpacked
+    trained = 64 * 8 * (2560 + 10240 + 5120 + 2560)
+    expected = 0.5625 * large + 2 * (count - large) + 4 * trained + 2 * 2560 * 10240
+    assert packed["weights"] == pytest.approx(expected)
+    assert packed["kept for backward"] > parts(dtype="bfloat16", bf16=True)["kept for backward"]
     assert full["total"] == pytest.approx(sum(v for k, v in full.items() if k != "total"))
 
 
@@ -191,7 +200,14 @@ GOOD_SFT = {"learning_rate": 2e-5, "model_name_or_path": "state-spaces/mamba-130
         ("dpo", {"beta": 0.1, "loss_type": "simpo"}, "beta", "usual is 2 to 10"),
         ("sft", {"dtype": "bfloat16"}, "dtype", "float32 masters"),
         ("sft", {"fp16": True}, "fp16", "overflow"),
-        ("sft", {"load_in_4bit": True}, "load_in_4bit", "not in this version"),
+        ("sft", {"lora_target_modules": ["in_proj"]}, "use_peft", "mean nothing"),
+        ("sft", {"use_peft": True, "lora_target_modules": ["conv1d"]}, "lora_target_modules", "lora_modules_to_save"),
+        (
+            "sft",
+            {"use_peft": True, "lora_target_modules": ["in_porj"]},
+            "lora_target_modules",
+            "did you mean 'in_proj'",
+        ),
         ("sft", {"use_peft": True, "lora_target_modules": ["q_proj"]}, "lora_target_modules", "no such module"),
         ("sft", {"use_peft": True, "lora_target_modules": ["embeddings"]}, "lora_target_modules", "tied"),
         ("sft", {"dataset_mixer": {"a": {"split": "test_sft"}}}, "dataset_mixer", "only evaluated"),
@@ -209,6 +225,40 @@ def test_a_known_mistake_is_seen(stage: str, keys: dict[str, Any], key: str, wor
     assert list(known_mistakes(Recipe(**good), stage)) == []
     findings = list(known_mistakes(Recipe(**(good | keys)), stage))
     assert any(f.key == key and words in f.message for f in findings), findings
+
+
+# The recipes of the group that asked for this, in their own keys (their data and folders apart).
+EARLIER_SFT = {
+    "model_name_or_path": "state-spaces/mamba-2.8b-hf", "torch_dtype": "float32", "load_in_4bit": True,
+    "use_peft": True, "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "task_type": "CAUSAL_LM", "bias": "none",
+    "lora_target_modules": ["x_proj", "embeddings", "in_proj", "out_proj"], "bf16": False, "max_seq_length": 2048,
+    "learning_rate": "2.0e-03", "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "num_train_epochs": 1,
+    "per_device_train_batch_size": 64, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "adam_beta1": 0.9,
+    "adam_beta2": 0.95, "weight_decay": 0.1, "max_grad_norm": 1, "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False}, "save_steps": 100, "save_total_limit": 1, "seed": 42,
+    "evaluation_strategy": "no", "report_to": ["tensorboard"], "output_dir": "out", "dataset_mixer": {"sft": 1.0},
+    "dataset_splits": ["train_sft", "test_sft"], "chat_template": "zephyr", "push_to_hub": True,
+}  # fmt: skip
+EARLIER_DPO = {key: value for key, value in EARLIER_SFT.items() if key not in ("max_seq_length", "chat_template")} | {
+    "lora_r": 128, "lora_alpha": 128, "beta": 0.01, "optim": "paged_adamw_32bit", "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 4, "max_length": 1024, "max_prompt_length": 512, "dataset_mixer": {"dpo": 1.0},
+    "dataset_splits": ["train_prefs", "test_prefs"],
+}  # fmt: skip
+
+
+def test_the_earlier_groups_recipes_load_and_their_mistakes_are_named() -> None:
+    found = {}
+    for stage, values in (("sft", EARLIER_SFT), ("dpo", EARLIER_DPO)):
+        recipe = Recipe.from_dict(values, stage=stage)
+        assert recipe.per_device_train_batch_size * recipe.accumulation_steps() == 128
+        findings = list(known_mistakes(recipe, stage))
+        assert not [f for f in findings if f.level == "error"], findings
+        found[stage] = {f.key: f.message for f in findings}
+    assert "10 times the usual 0.0002" in found["sft"]["learning_rate"]
+    assert "400 times the usual 5e-06" in found["dpo"]["learning_rate"]
+    assert "base model" in found["dpo"]["model_name_or_path"]
+    for messages in found.values():
+        assert "embeddings" in messages["lora_target_modules"] and "keep 2" in messages["save_total_limit"]
 
 
 def test_a_run_folder_says_what_it_was_trained_for(tmp_path: Path) -> None:

@@ -14,8 +14,12 @@ With P parameters, d = hidden size, E = inner size, N = state size, R = rank of 
                of a Mamba-2: 16 E, and three times the states between chunks, 12 E N / 64
     head       128 MiB: logits exist for a chunk of rows only
 
-Adapters (LoRA) put gradients and moments on their own parameters only, and 4-bit weights count 0.5 bytes and a tenth
-for their constants. What is not in it: the CUDA context (about 0.5 GB), fragmentation, other programs. Expect +-25 %.
+With adapters (LoRA) only they and what `lora_modules_to_save` names have gradients and moments, in fp32; the frozen
+weights lie in their stored type. Quantised, in_proj and out_proj lie in 4 bits and half a bit for their constants (an
+fp32 number for 64 weights; or in 8 bits), and the one that is multiplied at the moment is unpacked. An adapter keeps a
+copy of its input, with dropout a byte of mask for each number, and r numbers a token.
+
+What is not in it: the CUDA context (about 0.5 GB), fragmentation, other programs. Expect +-25 %.
 """
 
 from __future__ import annotations
@@ -138,9 +142,41 @@ class ModelShape:
         return self.layers * self.layer_parameters + heads * self.vocab * self.hidden + self.hidden
 
     def lora_parameters(self, rank: int, modules: list[str] | None) -> int:
-        """Parameters of LoRA adapters on the named projections (None: all of them)."""
-        wanted = modules if modules is not None else list(self.projections)
-        return self.layers * sum(rank * sum(s) for name, s in self.projections.items() if name in wanted)
+        """Parameters of LoRA adapters on the named modules (None: in_proj and out_proj; all-linear: all four)."""
+        wanted = self._adapted(modules)
+        embeddings = sum(name in wanted for name in ("embeddings", "lm_head"))
+        layers = self.layers * sum(rank * sum(size) for name, size in self.projections.items() if name in wanted)
+        return layers + embeddings * rank * (self.vocab + self.hidden)
+
+    def lora_kept(self, rank: int, modules: list[str] | None, compute_bytes: int) -> float:
+        """Bytes that adapters keep per token and layer: their input, its dropout mask, and rank numbers."""
+        wanted = self._adapted(modules)
+        sizes = [size for name, (size, _) in self.projections.items() if name in wanted]
+        return sum(compute_bytes * rank + (compute_bytes + 1) * size for size in sizes)
+
+    def _adapted(self, modules: list[str] | None) -> set[str]:
+        names = {name.split(".")[-1] for name in modules or ("in_proj", "out_proj")}
+        return names | (set(self.projections) if "all-linear" in names else set())
+
+    @property
+    def quantised(self) -> int:
+        """Weights that load_in_4bit and load_in_8bit reach."""
+        return self.layers * sum(math.prod(self.projections[name]) for name in ("in_proj", "out_proj"))
+
+    def full_parameters(self, names: list[str] | None) -> int:
+        """Parameters of what `lora_modules_to_save` names."""
+        sizes = {name: self.layers * math.prod(size) for name, size in self.projections.items()}
+        sizes |= {
+            "A_log": self.layers * self.inner * self.state,
+            "D": self.layers * self.inner,
+            "bias": self.layers * self.inner,
+            "conv1d": self.layers * self.inner * (self.conv + self.conv_bias),
+            "norm": self.layers * self.hidden,
+            "norm_f": self.hidden,
+            "embeddings": self.vocab * self.hidden,
+            "lm_head": 0 if self.tied and "embeddings" in (names or []) else self.vocab * self.hidden,
+        }
+        return sum(sizes.get(name.split(".")[-1], 0) for name in names or [])
 
     def kept_in_layer(self, compute_bytes: int) -> float:
         """Bytes a token leaves behind in one layer for the backward pass."""
@@ -231,20 +267,30 @@ def tokens_per_forward(recipe: Recipe, stage: str) -> int:
 def estimate(shape: ModelShape, recipe: Recipe, stage: str) -> dict[str, float]:
     """Bytes on one device by part, and their sum under "total"; without any sharding over devices."""
     count = shape.parameters
-    adapters = recipe.use_peft
-    trained = shape.lora_parameters(recipe.lora_r, recipe.lora_target_modules) if adapters else count
     stored: float = 2 if recipe.dtype in ("bfloat16", "float16") else 4
-    frozen = 0.55 if recipe.load_in_4bit else 1.1 if recipe.load_in_8bit else stored
     mixed = recipe.bf16 or recipe.fp16
     compute = 2 if mixed or stored == 2 else 4
     tokens = tokens_per_forward(recipe, stage)
     head = 0 if stage == "reward" else HEAD_BYTES  # a score needs no logits
+    kept = kept_bytes_per_token(shape, compute, recipe.gradient_checkpointing)
+    trained, weights, trained_bytes = count, stored * count, stored
+    if recipe.use_peft:
+        trained = shape.lora_parameters(recipe.lora_r, recipe.lora_target_modules)
+        trained += shape.full_parameters(recipe.lora_modules_to_save)
+        bits = 0.5 * 1.125 if recipe.load_in_4bit else 1.0 if recipe.load_in_8bit else stored
+        quantised, largest = shape.quantised, max(math.prod(size) for size in shape.projections.values())
+        unpacked = compute * largest if bits != stored else 0
+        weights = bits * quantised + stored * (count - quantised) + 4 * trained + unpacked
+        trained_bytes = 4
+        layers = 1 if recipe.gradient_checkpointing is True else shape.layers
+        kept += layers * shape.lora_kept(recipe.lora_r, recipe.lora_target_modules, compute)
     parts: dict[str, float] = {
-        "weights": frozen * count + stored * trained if adapters else stored * count,
-        "autocast copies": 2 * trained if mixed and stored == 4 else 0,
-        "gradients": stored * trained,
+        "weights": weights,
+        # autocast keeps copies of what trains; a frozen fp32 weight is copied at every use and let go.
+        "autocast copies": 2 * trained if mixed and trained_bytes == 4 else 0,
+        "gradients": trained_bytes * trained,
         "optimizer": optimizer_bytes(recipe.optim) * trained,
-        "kept for backward": kept_bytes_per_token(shape, compute, recipe.gradient_checkpointing) * tokens,
+        "kept for backward": kept * tokens,
         "working": shape.working * tokens,
         "head": head,
     }

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mambalign.recipe import Recipe, entry_splits, is_test_split
+from mambalign.recipe import Recipe, entry_splits, is_test_split, nearest
 
 # Published base models of the supported families: DPO of one has no instruction-following reference to stay near.
 _BASE_MODEL = re.compile(r"(^|/)mamba2?-\d+(\.\d+)?[mb](-slimpj)?(-hf)?/?$|(^|/)falcon-mamba-7b/?$")
+
+
+PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj", "all-linear")
 
 
 @dataclass(frozen=True)
@@ -91,24 +94,33 @@ def _splits(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _adapters(recipe: Recipe) -> Iterator[Finding]:
-    keys = recipe.adapter_keys()
-    if keys:
-        yield Finding("error", keys[0], f"{', '.join(keys)}: adapters are not in this version yet")
     if not recipe.use_peft:
+        if recipe.lora_target_modules or recipe.lora_modules_to_save:
+            yield Finding("warning", "use_peft", "false, so the lora_* keys mean nothing and all weights train")
         return
-    for name in [*(recipe.lora_target_modules or []), *(recipe.lora_modules_to_save or [])]:
-        if "embed" in name:
+    targets = recipe.lora_target_modules or []
+    for name in targets:
+        last = name.split(".")[-1]
+        if last in ("embeddings", "lm_head") and not {"embeddings", "lm_head"} <= {t.split(".")[-1] for t in targets}:
             yield Finding(
-                "warning", "lora_target_modules", f"{name} is tied to the output head: merging would change the logits"
+                "warning",
+                "lora_target_modules",
+                f"{name}: where embeddings and lm_head are tied (all Mamba-1 models), an adapter moves one of the two, "
+                "and the merged model has both matrices",
             )
-    known = {"in_proj", "x_proj", "dt_proj", "out_proj", "conv1d", "embeddings", "lm_head", "all-linear"}
-    unknown = [m for m in recipe.lora_target_modules or [] if m.split(".")[-1] not in known]
-    if unknown:
-        yield Finding(
-            "warning",
-            "lora_target_modules",
-            f"{', '.join(unknown)}: no such module in a Mamba; it has in_proj, x_proj, dt_proj, out_proj",
-        )
+        elif last in ("conv1d", "A_log", "D", "bias", "norm"):
+            yield Finding(
+                "error",
+                "lora_target_modules",
+                f"{name} is no projection; it is small: train it in full with lora_modules_to_save: [{name}]",
+            )
+        elif last not in (*PROJECTIONS, "embeddings", "lm_head"):
+            yield Finding(
+                "error",
+                "lora_target_modules",
+                f"{name}: no such module in a Mamba{nearest(name, PROJECTIONS)}; it has in_proj, x_proj, dt_proj, "
+                "out_proj",
+            )
 
 
 def _preferences(recipe: Recipe) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from mambalign.check.mistakes import Finding, known_mistakes
 from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe
 
 SAMPLE = 1000
+BITSANDBYTES = "pip install 'mambalign[quantization]'"
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
@@ -83,6 +85,8 @@ def check(
     shape = None
     with report.step("model_name_or_path"):
         shape = _model(report, recipe, stage)
+    with report.step("load_in_4bit"):
+        _bitsandbytes(recipe)
     with report.step("backend"):
         report.sections["backends"] = _backends(recipe, shape)
     report.findings += known_mistakes(recipe, stage)
@@ -121,6 +125,9 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
     assert name is not None
     if files.is_local(name):
         folder = files.resolve_folder(name)
+        if files.is_adapter(folder):
+            base = str(files.read_json(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path"))
+            return _model(report, replace(recipe, model_name_or_path=base, model_revision=None), stage)
         config = files.read_json(folder / files.CONFIG)
         with report.step("model_name_or_path"):
             files.tensor_specs(files.weight_files(folder))
@@ -183,6 +190,13 @@ def _backends(recipe: Recipe, shape: ModelShape | None) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"on this machine {error}") from error
     return {op: f"{name}: {reason}" for op, (name, reason) in chosen.items()}
+
+
+def _bitsandbytes(recipe: Recipe) -> None:
+    keys = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(recipe, key)]
+    keys += ["optim"] if "8bit" in recipe.optim or "paged" in recipe.optim else []
+    if keys and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{', '.join(keys)}: needs bitsandbytes, which is not installed: {BITSANDBYTES}")
 
 
 def _device_memory(recipe: Recipe) -> int | None:

@@ -242,7 +242,8 @@ def _fill_with_mean(weight: torch.Tensor, untrained: torch.Tensor, trained: torc
 
 def holds_reward_model(path: str | os.PathLike[str], revision: str | None = None) -> bool:
     """Whether a model folder or hub id is a reward model's. UserError where it is no model at all."""
-    return is_reward_config(files.read_json(files.resolve_folder(path, revision) / files.CONFIG))
+    folder = files.resolve_folder(path, revision)
+    return not files.is_adapter(folder) and is_reward_config(files.read_json(folder / files.CONFIG))
 
 
 def _check_head(path: str | os.PathLike[str], raw: dict[str, Any], head: Head) -> None:

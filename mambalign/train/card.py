@@ -10,6 +10,7 @@ import yaml
 from transformers import TrainerCallback
 
 from mambalign.data.mixer import TokenizedData
+from mambalign.models import lineage
 from mambalign.recipe import Recipe, UserError
 
 logger = logging.getLogger("mambalign")
@@ -29,9 +30,9 @@ def write(
 ) -> None:
     """`README.md` in `folder`: what it was made from, with what recipe and data, and how it measured."""
     header = {
-        "library_name": "transformers",
+        "library_name": "peft" if recipe.use_peft else "transformers",
         "pipeline_tag": "text-classification" if stage == "reward" else "text-generation",
-        "base_model": facts["model"],
+        "base_model": facts["lineage"]["base"]["path"],
         "datasets": [name for name in recipe.dataset_mixer if not Path(name).expanduser().exists()],
         "tags": ["mambalign", "mamba", stage],
     }
@@ -46,15 +47,15 @@ def write(
 Made from `{facts["model"]}`{parent} by {STAGES[stage]} with mambalign: {_objective(stage, recipe)}.
 
 ```python
-{_usage(stage).format(name=recipe.hub_model_id or folder)}
+{_usage(stage, recipe, str(recipe.hub_model_id or folder), facts)}
 ```
 
 ## Lineage
 
 | | |
 |---|---|
-| started from | `{facts["model"]}`, revision {facts.get("revision") or "not pinned"} |
-| its weights (SHA-256) | `{facts["weights"]}` |
+{_ancestry(facts["lineage"])}
+| weights of `{facts["lineage"]["base"]["path"]}` (SHA-256) | `{facts["lineage"]["base"]["weights"]}` |
 | training data (SHA-256 of the token ids) | `{data.fingerprint}` |
 
 ## Data
@@ -82,10 +83,10 @@ def _objective(stage: str, recipe: Recipe) -> str:
     return "Bradley-Terry on pairs" if stage == "reward" else "next-token cross-entropy"
 
 
-def _usage(stage: str) -> str:
-    """How to load it; `{name}` is to be filled in."""
+def _usage(stage: str, recipe: Recipe, name: str, facts: dict[str, Any]) -> str:
+    """How to load it."""
     if stage == "reward":
-        return """# transformers has no sequence classification for Mamba. In a shell: mambalign score {name} FILE.jsonl
+        return f"""# transformers has no sequence classification for Mamba. In a shell: mambalign score {name} FILE.jsonl
 from mambalign import load_model, load_tokenizer
 
 tokenizer = load_tokenizer("{name}")
@@ -93,10 +94,26 @@ model = load_model("{name}", head="reward")
 chat = [{{"role": "user", "content": "Hello?"}}, {{"role": "assistant", "content": "Hello!"}}]
 text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()  # ends with the end-of-turn token, as trained
 reward = model(tokenizer(text, return_tensors="pt").input_ids).logits.item()"""
-    return """from transformers import AutoModelForCausalLM, AutoTokenizer
+    text = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")"""
+"""
+    if not recipe.use_peft:
+        return text + f'model = AutoModelForCausalLM.from_pretrained("{name}")'
+    base = facts["lineage"]["base"]["path"]
+    return (
+        f"from peft import PeftModel\n{text}# An adapter on {base}, and on no other model.\n"
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")'
+    )
+
+
+def _ancestry(line: dict[str, Any]) -> str:
+    rows = [
+        f"| {STAGES.get(step['stage'], step['stage'])} of | `{step['model']}`, revision "
+        f"{step['revision'] or 'not pinned'} |"
+        for step in lineage.steps(line)
+    ]
+    return "\n".join(rows)
 
 
 def _table(values: dict[str, Any]) -> str:
@@ -172,7 +189,7 @@ class _PushCheckpoints(TrainerCallback):
             repo_id=self.repository,
             folder_path=folder,
             allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-            ignore_patterns=["trainer_state.json", "manifest.json", "accumulators.json"],
+            ignore_patterns=["trainer_state.json", "manifest.json", "accumulators.json", "trained.safetensors"],
             revision=self.recipe.hub_revision,
             commit_message=f"Step {state.global_step}",
             run_as_future=True,

@@ -33,7 +33,9 @@ from mambalign.data.chat import apply_template, check_template, set_pad_token
 from mambalign.data.mixer import TokenizedData, load_mix, tokenize_preferences, tokenize_sft, tokenize_text
 from mambalign.data.packing import Collator, PackedRows
 from mambalign.data.responses import RewardInputs
+from mambalign.models import files, lineage
 from mambalign.models.checkpoint import add_tokens, holds_reward_model, load_model, load_tokenizer, save_model
+from mambalign.models.files import LINEAGE
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest
 from mambalign.train import card, checkpoint, curves
@@ -85,11 +87,6 @@ def run(stage: str, recipe: Recipe) -> RunResult:
         NonFiniteLossError: the loss diverged.
     """
     recipe.require(stage)
-    if recipe.adapter_keys():
-        raise UserError(
-            f"{', '.join(recipe.adapter_keys())}: adapters and quantised weights are not in this version yet; "
-            "use the recipe's config_full.yaml, or set them to false for full fine-tuning"
-        )
     folder = Path(str(recipe.output_dir)).expanduser()
     # The arguments come first: they set up devices, find the other processes, and refuse early what cannot work.
     args = training_arguments(recipe, folder)
@@ -103,7 +100,7 @@ def run(stage: str, recipe: Recipe) -> RunResult:
 def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) -> RunResult:
     objective = _objective(stage, recipe)
     _check_best_metric(recipe, objective)
-    model, tokenizer, facts = load_start(recipe, stage)
+    model, tokenizer, facts, adapters = load_start(recipe, stage)
     with args.main_process_first(local=False, desc="tokenising"):  # the others read its cache
         train, evaluation = load_data(recipe, stage, tokenizer)
     if stage == "reward":
@@ -125,6 +122,8 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) ->
             sampler_seed=recipe.seed if recipe.data_seed is None else recipe.data_seed,
             row_ids=train.dataset["row_id"],
             write_card=lambda target: card.write(target, stage, recipe, facts, train, read_metrics(folder / METRICS)),
+            adapters=adapters,
+            lineage=facts["lineage"],
         )
     _say_plan(trainer, rows, recipe, stage)
     if isinstance(objective, PreferenceObjective) and objective.options.needs_reference:
@@ -134,6 +133,7 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) ->
     start = _resume_point(folder, recipe)
     if start is not None:
         logger.info("resuming from %s", start)
+        lineage.check_resumed(start, facts["lineage"])
         trainer.restore_accumulators(start)
     card.attach_hub(trainer, recipe)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -244,8 +244,12 @@ def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any
         return RunResult(folder, trainer.state.global_step, metrics)
     lines = [line for line in read_metrics(folder / METRICS) if "learning_rate" in line]
     summary = (lines[-1] if lines else {}) | metrics
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    save_model(model, folder, tokenizer=tokenizer, overwrite=True)
+    if trainer.adapters is None:
+        save_model(trainer.accelerator.unwrap_model(trainer.model), folder, tokenizer=tokenizer, overwrite=True)
+    else:
+        trainer.adapters.save(folder)
+        tokenizer.save_pretrained(folder)
+    checkpoint.write_json(folder / LINEAGE, trainer.lineage)
     if lines:
         curves.draw([folder], folder / curves.CURVES)
     trainer.create_model_card()
@@ -269,7 +273,8 @@ def _write_facts(folder: Path, train: TokenizedData, evaluation: TokenizedData |
 
 
 def _environment() -> dict[str, Any]:
-    names = ("mambalign", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
+    names = ("mambalign", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "triton",
+             "peft", "bitsandbytes")  # fmt: skip
     versions: dict[str, str | None] = {}
     for name in names:
         try:
@@ -369,8 +374,8 @@ def _as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
 
 
-def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, tokenizer, lineage facts) that the run starts from, chat tokens added."""
+def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any], Any]:
+    """(model, tokenizer, facts, adapters or None) that the run starts from: chat tokens added, adapters attached."""
     path = str(recipe.model_name_or_path)
     tokenizer = load_tokenizer(
         recipe.tokenizer_name_or_path or path,
@@ -383,29 +388,48 @@ def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any]]:
         apply_template(tokenizer, recipe.chat_template)
         check_template(tokenizer)
     scored = stage == "reward" and holds_reward_model(path, recipe.model_revision)
-    model: Any = load_model(
-        path,
-        dtype=recipe.dtype or "float32",
-        revision=recipe.model_revision,
-        head="reward" if scored else "lm",
-    )
+    model, earlier = _load_weights(recipe, "reward" if scored else "lm")
     grown = add_tokens(model, tokenizer, new_ids=len(tokenizer) - before)
     if len(tokenizer) > before:
         logger.info("%d chat tokens added to the tokenizer, %d rows to the embedding", len(tokenizer) - before, grown)
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    record = lineage.record(recipe, stage, model.config)
     facts = {
         "model": path,
         "revision": recipe.model_revision,
         "weights": weights_fingerprint(model),
-        "trained_by": _read_json(Path(path).expanduser() / RUN).get("stage"),
+        "trained_by": (record["from"] or {}).get("stage") or _read_json(Path(path).expanduser() / RUN).get("stage"),
+        "lineage": record,
     }
     if stage == "reward" and not scored:
         logger.info("the reward head is new, %s has none: it starts at random, from seed %d", path, recipe.seed)
         model = with_reward_head(model, recipe.seed)
     model.set_backend(recipe.backend)
     model.set_selective_recomputation(recipe.gradient_checkpointing == "selective")
-    return model, tokenizer, facts
+    if not recipe.use_peft:
+        return model, tokenizer, facts, None
+    from mambalign.models.adapters import AdapterOptions, attach
+
+    options = AdapterOptions.from_recipe(recipe)
+    adapters = attach(model, options, seed=recipe.seed, base=record["base"], start=earlier)
+    if len(tokenizer) > before:
+        adapters.keep_new_rows(f"chat_template: {recipe.chat_template or 'the tokenizer'} adds tokens")
+    return model, tokenizer, facts, adapters
+
+
+def _load_weights(recipe: Recipe, head: Any) -> tuple[Any, Any]:
+    """(model, the adapter frozen on it or None): a run of adapters on an adapter's folder starts from both."""
+    path, dtype, revision = str(recipe.model_name_or_path), recipe.dtype or "float32", recipe.model_revision
+    if not recipe.use_peft:
+        return load_model(path, dtype=dtype, revision=revision, head=head), None
+    from mambalign.models.adapters import quantisation
+
+    config = quantisation(recipe)
+    kwargs = {} if config is None else {"quantization_config": config}
+    if files.is_adapter(files.resolve_folder(path, revision)):
+        return lineage.load_adapter(path, dtype=dtype, revision=revision, **kwargs)
+    return load_model(path, dtype=dtype, revision=revision, **kwargs), None
 
 
 def load_data(recipe: Recipe, stage: str, tokenizer: Any) -> tuple[TokenizedData, TokenizedData | None]:
@@ -500,6 +524,8 @@ def _say_plan(trainer: PackedTrainer, rows: dict[str, PackedRows], recipe: Recip
         stage, len(train), what, count, args.train_batch_size, args.gradient_accumulation_steps, args.world_size,
         f"{sum(train.lengths()):,}",
     )  # fmt: skip
+    if trainer.adapters is not None:
+        logger.info("adapters:\n%s", trainer.adapters.table())
     if recipe.loss_type == "kto" and recipe.max_tokens_per_device and stage == "dpo":
         logger.warning(
             "max_tokens_per_device: kto takes its reference point from the pairs of one forward pass, so this bound "

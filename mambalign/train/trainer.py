@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows, collate_sequences
+from mambalign.models.files import LINEAGE
 from mambalign.train import checkpoint as checkpoints
 from mambalign.train.objectives import (
     Completions,
@@ -39,6 +40,9 @@ from mambalign.train.objectives import (
     sft_loss,
 )
 from mambalign.train.processes import FilledRows, FilledSampler, add_up
+
+if TYPE_CHECKING:  # PEFT takes seconds to import
+    from mambalign.models.adapters import Adapters
 
 logger = logging.getLogger("mambalign")
 
@@ -170,6 +174,8 @@ class PackedTrainer(Trainer):
         sampler_seed: with the epoch, decides the order of the rows.
         row_ids: dataset index -> row id of the training data, for messages.
         write_card: called with a folder to write the model card there.
+        adapters: what trains, where that is not the whole model; checkpoints hold it alone.
+        lineage: what the run started from (see `lineage.py`).
     """
 
     def __init__(
@@ -185,7 +191,10 @@ class PackedTrainer(Trainer):
         sampler_seed: int,
         row_ids: Sequence[str] = (),
         write_card: Callable[[Path], None] | None = None,
+        adapters: Adapters | None = None,
+        lineage: dict[str, Any] | None = None,
     ):
+        self.adapters, self.lineage = adapters, lineage
         self.objective, self.sampler_seed, self.row_ids, self.write_card = objective, sampler_seed, row_ids, write_card
         self._metrics_file = MetricsFile()
         super().__init__(
@@ -195,7 +204,7 @@ class PackedTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=[self._metrics_file],
+            callbacks=[self._metrics_file] + ([AdapterAudit(model)] if adapters else []),
         )
         self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
         self._sums: dict[str, float | Tensor] = {}
@@ -250,7 +259,8 @@ class PackedTrainer(Trainer):
     def check_weights(self) -> None:
         """Raises `NonFiniteLossError` if one is not finite: in 16 bits an optimizer overflows on finite gradients."""
         for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            # What is frozen cannot have changed, and packed 4-bit numbers may look like anything.
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise NonFiniteLossError(self._advice(f"{name} is not finite", self.state.global_step, []))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -285,8 +295,9 @@ class PackedTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but norms and biases, as usual, and but `A_log` and `D`, as Mamba's authors mark them."""
         names = super().get_decay_parameter_names(model)
-        # transformers knows layers' `norm`, not the last one, `norm_f`.
-        return [name for name in names if "norm" not in name and name.rsplit(".", 1)[-1] not in ("A_log", "D")]
+        # transformers knows layers' `norm`, not the last one, `norm_f`; a DoRA's magnitudes are the norms of weights.
+        free = ("norm", "magnitude")
+        return [n for n in names if not any(f in n for f in free) and n.rsplit(".", 1)[-1] not in ("A_log", "D")]
 
     # ------------------------------------------------------------------------------------------------- the data
 
@@ -437,6 +448,29 @@ class PackedTrainer(Trainer):
         if self.is_world_process_zero():  # the sums are those of all processes
             self._sums, self._totals = saved["sums"], saved["totals"]
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self.adapters is None:
+            super()._save(str(folder), state_dict)
+        elif self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.adapters.save(folder, for_resuming=True)
+            self.processing_class.save_pretrained(folder)
+        if self.lineage is not None and self.args.should_save:
+            checkpoints.write_json(folder / LINEAGE, self.lineage)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.adapters is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.adapters.restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.adapters is None:
+            super()._load_best_model()
+        else:
+            self.adapters.restore(Path(str(self.state.best_model_checkpoint)))
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A tied head is stored once, as the embedding: it is not missing.
         missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
@@ -459,6 +493,19 @@ def _failure(work: Callable[[], None]) -> str | None:
     except (OSError, SafetensorError, RuntimeError) as error:
         return str(error)
     return None
+
+
+class AdapterAudit(TrainerCallback):
+    """Stops a run whose adapters do not all train, in its first steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from mambalign.models.adapters import Audit
+
+        self._audit: Audit | None = Audit(model)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._audit is not None and not self._audit.check():
+            self._audit = None
 
 
 class MetricsFile(TrainerCallback):

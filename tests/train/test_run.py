@@ -433,7 +433,6 @@ def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path
     cases: list[tuple[dict[str, Any], str]] = [
         (dict(model_name_or_path=str(tmp_path / "no-model")), "no-model"),
         (dict(dataset_mixer={str(tmp_path / "no-data.jsonl"): 1.0}), "no-data.jsonl"),
-        (dict(use_peft=True), "use_peft"),
         (dict(eval_strategy="steps", dataset_splits=["train"]), "eval_strategy"),
         (dict(lr_scheduler_type="cosine", optim="adamw_nonsense"), "adamw_nonsense"),
         (dict(backend="cuda-magic"), "cuda-magic"),
