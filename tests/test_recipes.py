@@ -48,7 +48,7 @@ def test_there_is_a_recipe_for_every_model_and_stage() -> None:
     for model in MODELS:
         for stage in ("sft", "dpo"):
             names = {p.name for p in (RECIPES / model / stage).iterdir()}
-            assert {"config_full.yaml", "config_gemma_full.yaml"} <= names
+            assert {"config_full.yaml", "config_gemma_full.yaml", "config_lora.yaml"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -68,9 +68,11 @@ def test_hyper_parameters_are_the_handbooks(path: Path) -> None:
     expected = {
         ("sft", "full"): (2e-5, 128, 1.0, 2048, None),
         ("sft", "gemma_full"): (2e-5, 128, 3.0, 2048, None),
+        ("sft", "lora"): (2e-4, 64, 1.0, 2048, None),
         ("sft", "qlora"): (2e-4, 64, 1.0, 2048, None),
         ("dpo", "full"): (5e-7, 128, 1.0, 1024, 0.01),
         ("dpo", "gemma_full"): (5e-7, 128, 2.0, 1024, 0.05),
+        ("dpo", "lora"): (5e-6, 128, 1.0, 1024, 0.01),
         ("dpo", "qlora"): (5e-6, 128, 1.0, 1024, 0.01),
         ("reward", "full"): (1e-5, 64, 1.0, 1024, None),  # not the handbook's, which has none
     }
@@ -79,11 +81,12 @@ def test_hyper_parameters_are_the_handbooks(path: Path) -> None:
     assert (recipe.num_train_epochs, recipe.max_length) == (epochs, length)
     assert beta is None or recipe.beta == beta
     assert recipe.warmup_ratio == 0.1 and recipe.lr_scheduler_type == "cosine" and recipe.seed == 42
-    assert recipe.bf16 and recipe.dtype is None, "float32 master weights, computing in bfloat16"
+    # float32 master weights, computing in bfloat16; frozen weights need no masters
+    assert recipe.bf16 and recipe.dtype == ("bfloat16" if recipe.use_peft else None)
+    assert recipe.load_in_4bit is (variant == "qlora") and recipe.use_peft is variant.endswith("lora")
     assert recipe.train_splits and recipe.test_splits
     assert recipe.global_batch_size and recipe.accumulation_steps(8) >= 1
-    findings = [f for f in known_mistakes(recipe, stage) if f.key != "use_peft"]
-    assert findings == []
+    assert list(known_mistakes(recipe, stage)) == []
 
 
 PREFERENCES = [p for p in FILES if p.parts[-2] in PAIR_STAGES]
@@ -112,7 +115,7 @@ def test_a_readmes_memory_is_the_formulas(model: str) -> None:
     shape = shape_of(model)
     assert f"{shape.parameters:,} parameters" in text
     rows = re.findall(r"^\| (sft|dpo)/(config_\w+) \| (\d+) .*\| ([\d.]+) \|$", text, re.MULTILINE)
-    assert len(rows) == (4 if (RECIPES / model / "sft" / "config_qlora.yaml").exists() else 2)
+    assert len(rows) == (6 if (RECIPES / model / "sft" / "config_qlora.yaml").exists() else 4)
     for stage, config, batch, total in rows:
         recipe = load(RECIPES / model / stage / f"{config}.yaml")
         assert int(batch) == recipe.per_device_train_batch_size
