@@ -377,6 +377,10 @@ class Recipe:
 
     def _require_objective(self, stage: str) -> None:
         if stage == "reward":
+            if self.use_peft:
+                raise UserError(
+                    "use_peft: a reward model trains in full; start it from `mambalign merge` of an adapter"
+                )
             for name in ("loss_type", "label_smoothing", "rpo_alpha"):
                 if getattr(self, name) != getattr(Recipe, name):
                     raise UserError(

@@ -86,7 +86,7 @@ def _objective(stage: str, recipe: Recipe) -> str:
 def _usage(stage: str, recipe: Recipe, name: str, facts: dict[str, Any]) -> str:
     """How to load it."""
     if stage == "reward":
-        return f"""# transformers has no sequence classification for Mamba. In a shell: mambalign score {name} FILE.jsonl
+        return f"""# transformers has no sequence classification for Mamba; or: mambalign score {name} FILE.jsonl
 from mambalign import load_model, load_tokenizer
 
 tokenizer = load_tokenizer("{name}")
