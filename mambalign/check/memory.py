@@ -131,9 +131,8 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         matrices = sum(i * o for i, o in self.projections.values())
-        conv = self.inner * (self.conv + self.conv_bias)
-        biases = self.inner + self.proj_bias * (2 * self.inner + self.hidden)  # dt_proj always has one
-        return matrices + conv + biases + self.inner * (self.state + 1) + self.hidden  # A_log, D, norm
+        biases = self.proj_bias * (2 * self.inner + self.hidden)
+        return matrices + biases + sum(self.small.values()) + self.hidden
 
     @property
     def parameters(self) -> int:
@@ -166,17 +165,20 @@ class ModelShape:
     def full_parameters(self, names: list[str] | None) -> int:
         """Parameters of what `lora_modules_to_save` names."""
         sizes = {name: self.layers * math.prod(size) for name, size in self.projections.items()}
+        sizes |= {name: self.layers * size for name, size in self.small.items()}
         sizes |= {
-            "A_log": self.layers * self.inner * self.state,
-            "D": self.layers * self.inner,
-            "bias": self.layers * self.inner,
-            "conv1d": self.layers * self.inner * (self.conv + self.conv_bias),
             "norm": self.layers * self.hidden,
             "norm_f": self.hidden,
             "embeddings": self.vocab * self.hidden,
             "lm_head": 0 if self.tied and "embeddings" in (names or []) else self.vocab * self.hidden,
         }
         return sum(sizes.get(name.split(".")[-1], 0) for name in names or [])
+
+    @property
+    def small(self) -> dict[str, int]:
+        """Numbers in the parameters of a layer's convolution and scan, dt_proj's bias among them."""
+        conv = self.inner * (self.conv + self.conv_bias)
+        return {"A_log": self.inner * self.state, "D": self.inner, "bias": self.inner, "conv1d": conv}
 
     def kept_in_layer(self, compute_bytes: int) -> float:
         """Bytes a token leaves behind in one layer for the backward pass."""
@@ -216,10 +218,14 @@ class Mamba2Shape(ModelShape):
     @property
     def layer_parameters(self) -> int:
         matrices = sum(i * o for i, o in self.projections.values())
-        conv = (self.inner + 2 * self.groups * self.state) * (self.conv + self.conv_bias)
         biases = self.proj_bias * sum(o for _, o in self.projections.values())
-        # dt_bias, A_log and D; the gated norm; the norm before.
-        return matrices + conv + biases + 3 * self.rank + self.inner * self.gated_norm + self.hidden
+        # The gated norm; the norm before.
+        return matrices + biases + sum(self.small.values()) + self.inner * self.gated_norm + self.hidden
+
+    @property
+    def small(self) -> dict[str, int]:
+        conv = (self.inner + 2 * self.groups * self.state) * (self.conv + self.conv_bias)
+        return {"A_log": self.rank, "D": self.rank, "dt_bias": self.rank, "conv1d": conv}
 
     def kept_in_layer(self, compute_bytes: int) -> float:
         """Bytes a token leaves behind in one layer for the backward pass."""
