@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconMambaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconMambaConfig, Mamba2Config, MambaConfig
 
-from mambalign.models import FalconMambaForCausalLM, MambaForCausalLM, mamba
+from mambalign.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM, mamba
 from mambalign.models.adapters import AdapterOptions, Adapters, Audit, attach, merge, quantisation
 from mambalign.models.checkpoint import load_model, save_model
 from mambalign.models.lineage import load_adapter, merge_adapter, weights_hash
@@ -31,16 +31,21 @@ IDS = torch.randint(40, (2, 17), generator=torch.Generator().manual_seed(1))
 def write_base(folder: Path, kind: str = "mamba", tied: bool = True) -> Path:
     """A model in which everything matters: transformers' own start has x_proj and dt_proj do next to nothing."""
     config_class, model_class = {
-        "mamba": (MambaConfig, MambaForCausalLM), "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM)
-    }[kind]  # fmt: skip
+        "mamba": (MambaConfig, MambaForCausalLM),
+        "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM),
+        "mamba2": (Mamba2Config, Mamba2ForCausalLM),
+    }[kind]
     torch.manual_seed(0)
+    heads = dict(num_heads=8, head_dim=4, n_groups=2, chunk_size=8) if kind == "mamba2" else {}
     model = model_class(
-        config_class(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=3, tie_word_embeddings=tied)
+        config_class(
+            vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=3, tie_word_embeddings=tied, **heads
+        )
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "A_log" not in name:
-                parameter.normal_(std=0.2 if kind == "falcon_mamba" else 0.4)
+                parameter.normal_(std=0.4 if kind == "mamba" else 0.2)
             elif "dt_proj.bias" in name:
                 parameter.add_(3.0)
     return save_model(model, folder)
@@ -53,6 +58,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mamba": write_base(folder / "mamba"),
         "untied": write_base(folder / "untied", tied=False),
         "falcon_mamba": write_base(folder / "falcon", "falcon_mamba", tied=False),
+        "mamba2": write_base(folder / "mamba2", "mamba2"),
     }
 
 
@@ -102,6 +108,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("untied", dict(targets=EARLIER, full=("lm_head", "A_log"))),
     ("falcon_mamba", dict(targets=("all-linear",), full=SMALL[:3], bias="lora_only")),
     ("falcon_mamba", dict(targets=("dt_proj", "embeddings"), use_dora=True)),
+    ("mamba2", dict(targets=("in_proj",), full=("A_log", "D", "dt_bias", "conv1d", "norm"))),
+    ("mamba2", dict(targets=("out_proj",), use_dora=True)),
+    ("mamba2", dict(targets=("all-linear", "embeddings", "lm_head"), use_rslora=True)),
 ]
 
 
