@@ -1,7 +1,7 @@
 """Selective scan on a GPU: `selective_scan.cu`, the passes around it, and their gradients.
 
-A *unit* is a segment, or a piece of a long one. The main passes walk all units at once, a warp for 32 channels of each,
-so they must know the state in which every unit starts (forwards) and the gradient of the state in which it ends
+A *unit* is a segment, or a piece of a long one. The main passes walk all units at once, a block for 32 channels of
+each, so they must know the state in which every unit starts (forwards) and the gradient of the state in which it ends
 (backwards). Where no unit has a parent, both are given and one pass does it. Otherwise:
 
     heads   units with a child, walked from a zero state: where that leads, and the sum of their step sizes
@@ -11,8 +11,8 @@ so they must know the state in which every unit starts (forwards) and the gradie
     join    the same with gradients, children first; several children of one parent add up
     main    backwards: recomputes 32 tokens from the stored state, then all gradients
 
-Pieces and forks are thus one thing. dB and dC are sums over channels: every warp writes its own share, and a sum over
-warps in a fixed order follows, so results repeat bit for bit.
+Pieces and forks are thus one thing. dB and dC are sums over channels: every block writes its own share, and a sum over
+blocks in a fixed order follows, so results repeat bit for bit.
 """
 
 from __future__ import annotations
