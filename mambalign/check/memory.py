@@ -6,11 +6,13 @@ With P parameters, d = hidden size, E = inner size, N = state size, R = rank of 
     gradients  4 P      in the type of the weights
     AdamW      8 P      two fp32 moments (2 P in 8 bits, 0 for plain SGD)
     kept       per token and layer, for the backward pass: d (8 + 2c) + E (6c + 4) + 2c (R + 2N) + 4 E N / 32
+               on a GPU with our kernels d (4 + c) + 5c E + c (R + 2N) + 4 E N / 32
                gradient_checkpointing: selective drops c (d + 2E) of it, the outputs of norm, convolution, dt_proj
                gradient_checkpointing: true leaves only 4 d, and the above once, for the layer at hand
                of a Mamba-2 with H heads and G groups: d (8 + 2c) + 5c E + 4c G N + (c + 16) H, of which selective
                drops c (d + 2E + 2 G N), the outputs of both norms and the convolution
     working    per token, once: 32 E for the fp32 vectors of the scan's backward pass
+               on a GPU with our kernels 16 E, for gradients and the shares of dB and dC
                of a Mamba-2: 16 E, and three times the states between chunks, 12 E N / 64
     head       128 MiB: logits exist for a chunk of rows only
 
@@ -51,6 +53,7 @@ class ModelShape:
     tied: bool = True
     conv_bias: bool = True
     proj_bias: bool = False
+    kernels: bool = False  # whether our own run it, on a GPU
 
     scan = "selective_scan"  # the op
 
@@ -183,12 +186,10 @@ class ModelShape:
     def kept_in_layer(self, compute_bytes: int) -> float:
         """Bytes a token leaves behind in one layer for the backward pass."""
         c = compute_bytes
-        return (
-            self.hidden * (8 + 2 * c)
-            + self.inner * (6 * c + 4)
-            + 2 * c * (self.rank + 2 * self.state)
-            + 4 * self.inner * self.state / SCAN_TILE
-        )
+        states = 4 * self.inner * self.state / SCAN_TILE
+        if self.kernels:
+            return self.hidden * (4 + c) + 5 * c * self.inner + c * (self.rank + 2 * self.state) + states
+        return self.hidden * (8 + 2 * c) + self.inner * (6 * c + 4) + 2 * c * (self.rank + 2 * self.state) + states
 
     def dropped_in_layer(self, compute_bytes: int) -> float:
         """What of it selective recomputation makes again."""
@@ -197,7 +198,7 @@ class ModelShape:
     @property
     def working(self) -> float:
         """Bytes a token takes while the scan of one layer goes backwards."""
-        return 32 * self.inner
+        return (16 if self.kernels else 32) * self.inner
 
 
 @dataclass(frozen=True)

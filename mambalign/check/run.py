@@ -140,6 +140,7 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
     if stage == "reward":
         shape = replace(shape, tied=True)  # the language head goes
     _check_head(report, config, name, stage)
+    shape = replace(shape, kernels=_runs_kernels(recipe, shape))
     parts = estimate(shape, recipe, stage)
     report.sections["model"] = {
         "name": name,
@@ -178,6 +179,19 @@ def _gb(size: float) -> float:
 
 def _backends(recipe: Recipe, shape: ModelShape | None) -> dict[str, str]:
     """What runs every op of the model on this machine, and why."""
+    return {op: f"{name}: {reason}" for op, (name, reason) in _chosen(recipe, shape).items()}
+
+
+def _runs_kernels(recipe: Recipe, shape: ModelShape) -> bool:
+    if shape.scan != ModelShape.scan:
+        return False
+    try:
+        return _chosen(recipe, shape)[shape.scan][0] == "cuda"
+    except UserError:  # reported under its own key
+        return False
+
+
+def _chosen(recipe: Recipe, shape: ModelShape | None) -> dict[str, tuple[str, str]]:
     import torch
 
     from mambalign.ops.backends import OPS, SCANS, chosen_backends
@@ -186,10 +200,9 @@ def _backends(recipe: Recipe, shape: ModelShape | None) -> dict[str, str]:
     scan = ModelShape.scan if shape is None else shape.scan
     ops = tuple(op for op in OPS if op not in SCANS or op == scan)
     try:
-        chosen = chosen_backends(recipe.backend, device, ops)
+        return chosen_backends(recipe.backend, device, ops)
     except ValueError as error:
         raise UserError(f"on this machine {error}") from error
-    return {op: f"{name}: {reason}" for op, (name, reason) in chosen.items()}
 
 
 def _bitsandbytes(recipe: Recipe) -> None:
