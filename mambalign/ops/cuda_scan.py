@@ -178,7 +178,6 @@ class _Problem:
         A: Tensor,
         D: Tensor | None,
         delta_bias: Tensor | None,
-        softplus: bool,
         segments: Segments,
     ):
         u = tokens["u"]
@@ -200,22 +199,18 @@ class _Problem:
             "num_tokens": self.T,
             "num_blocks": self.blocks,
         }
-        self._module = module(self._macros(tokens, softplus), self.device)
 
-    def _macros(self, tokens: dict[str, Tensor], softplus: bool) -> tuple[tuple[str, int], ...]:
-        laid = self.laid(tokens)
-        strides = {name: laid.get(f"{name}_stride", self.D) for name in ("u", "delta", "z", "d_out")}
-        # Whether four neighbours can be read at once, anywhere in the rows.
-        aligned = {
-            name: laid[name].data_ptr() % (4 * laid[name].itemsize) == 0 and laid[f"{name}_stride"] % 4 == 0
-            for name in tokens
-        }
-        rows = self.N == STATES and aligned.pop("B") and aligned.pop("C")
-        macros = {"IO": IO[self.dtype], "GATED": "z" in tokens, "SOFTPLUS": softplus, "WARPS": WARPS}
-        macros |= {"ALIGNED_ROWS": rows, "ALIGNED_TOKENS": self.D % 4 == 0 and all(aligned.values())}
+    def compile(self, laid: dict[str, Any], softplus: bool) -> None:
+        """Choose the kernels, for both directions, by the layout of the token tensors."""
+        rows = self.N == STATES and all(_aligned(laid, name) for name in ("B", "C"))
+        tokens = self.D % 4 == 0 and all(_aligned(laid, name) for name in ("u", "delta", "z") if name in laid)
+        macros = {"IO": IO[self.dtype], "GATED": "z" in laid, "SOFTPLUS": softplus, "WARPS": WARPS}
+        macros |= {"ALIGNED_ROWS": rows, "ALIGNED_TOKENS": tokens}
         if STATIC:
+            # y's gradient, and z where there is none, have the usual row length.
+            strides = {name: laid.get(f"{name}_stride", self.D) for name in ("u", "delta", "z", "d_out")}
             macros |= {"STATIC": 1, "STATIC_WIDTH": self.D} | {f"STATIC_{name}": n for name, n in strides.items()}
-        return tuple((name, int(value)) for name, value in macros.items())
+        self._module = module(tuple((name, int(value)) for name, value in macros.items()), self.device)
 
     def laid(self, tokens: dict[str, Tensor]) -> dict[str, Any]:
         """Token tensors in the call's dtype, with the row stride of each."""
@@ -237,15 +232,19 @@ class _Problem:
 
     def values(self, plan: Plan) -> dict[str, Any]:
         """What every pass with this plan is given."""
-        joined, sums = plan.joined.numel(), torch.empty(plan.joined.numel(), self.Dp, device=self.device)
-        spaces = {"starts": self.states(joined), "ends": self.states(joined), "sums": sums} if joined else {}
-        return self._shared | spaces | {"units": plan.units, "joined": plan.joined, "num_joined": joined}
+        joined = plan.joined.numel()
+        values = self._shared | {"units": plan.units, "joined": plan.joined, "num_joined": joined}
+        if joined:
+            sums = torch.empty(joined, self.Dp, dtype=torch.float32, device=self.device)
+            values |= {"starts": self.states(joined), "ends": self.states(joined), "sums": sums}
+        return values
 
     def _vector(self, value: Tensor | None) -> Tensor | None:
         """`[D]` -> fp32 `[Dp]`."""
-        if value is None or self.Dp == self.D:
-            return None if value is None else value.float().contiguous()
-        return torch.nn.functional.pad(value.float(), (0, self.Dp - self.D))
+        if value is None:
+            return None
+        missing = self.Dp - self.D
+        return torch.nn.functional.pad(value.float(), (0, missing)) if missing else value.float().contiguous()
 
     def states(self, rows: int) -> Tensor:
         return torch.empty(rows, STATES, self.Dp, dtype=torch.float32, device=self.device)
@@ -305,11 +304,13 @@ class SelectiveScan(torch.autograd.Function):
         output_final_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
         tokens = _tokens(u, delta, B, C, z)
-        problem = _Problem(tokens, A, D, delta_bias, delta_softplus, segments)
+        problem = _Problem(tokens, A, D, delta_bias, segments)
+        laid = problem.laid(tokens)
+        problem.compile(laid, delta_softplus)
         plan = problem.plan(FORWARD_BLOCKS)
         y, checkpoints = problem.tokens(), problem.states(plan.checkpoints)
         finals = problem.states(segments.num_segments) if output_final_state else None
-        values = problem.values(plan) | problem.laid(tokens) | {"initial": problem.padded(initial_state)}
+        values = problem.values(plan) | laid | {"initial": problem.padded(initial_state)}
         values |= {"y": y, "checkpoints": checkpoints, "finals": finals}
         problem.walk("scan_heads", plan.heads, values)
         problem.join("join_forward", values)
@@ -336,7 +337,7 @@ class SelectiveScan(torch.autograd.Function):
         d_BC = torch.empty(problem.blocks, problem.T, 2 * STATES, dtype=torch.float32, device=u.device)
         d_initial = None
         if initial_state is not None:
-            d_initial = problem.states(ctx.problem.segments.num_segments).zero_()
+            d_initial = problem.states(problem.segments.num_segments).zero_()
         values |= grads | {"d_BC": d_BC, "d_vectors": d_vectors, "d_initial": d_initial}
         problem.walk("scan_backward", plan.all, values)
         d_B, d_C = problem.sum_BC(values)
@@ -355,6 +356,12 @@ class SelectiveScan(torch.autograd.Function):
             None if d_initial is None else problem.unpadded(d_initial).to(initial_state.dtype),
             None,
         )
+
+
+def _aligned(laid: dict[str, Any], name: str) -> bool:
+    """Whether four neighbours can be read at once, anywhere in the rows."""
+    rows = laid[name]
+    return rows.data_ptr() % (4 * rows.itemsize) == 0 and rows.stride(0) % 4 == 0
 
 
 def _tokens(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> dict[str, Tensor]:

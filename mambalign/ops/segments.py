@@ -63,7 +63,7 @@ class Segments:
     def num_segments(self) -> int:
         return self.parent.numel()
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return int(self.cu_seqlens[-1])
 

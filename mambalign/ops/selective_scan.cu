@@ -24,6 +24,7 @@
 #define TILE 32                 // tokens between stored states
 #define SUB 4                   // tokens whose exponentials are in registers together
 #define ROWS (TILE / 8)         // tokens of a tile that a lane prepares
+#define GAPPED (LANES * SUB + 12)  // numbers of SUB tokens of a warp's channels in a `Tile`
 
 // Tokens [begin, begin + length) of one segment. `parent` is the unit before it on its path or -1; `slot` its row in
 // the workspaces of units that have a parent or a child, -1 if it has neither; `checkpoint` its first row of those.
@@ -136,7 +137,7 @@ __device__ __forceinline__ Place place() {
 // A tile of one number per token and channel of a warp. The gaps keep the writes of a warp, four channels of eight tokens,
 // in different banks.
 struct Tile {
-  float v[TILE / SUB][LANES * SUB + 12];
+  float v[TILE / SUB][GAPPED];
 };
 
 // SUB tokens of a lane's own channel.
@@ -146,7 +147,7 @@ __device__ __forceinline__ float* own(Tile& tile, int first, const Place& lane) 
 
 // Token row + 8 i and channel c of those that a lane prepares.
 __device__ __forceinline__ float& prepared(Tile& tile, int i, int c, const Place& lane) {
-  return (&tile.v[lane.row / SUB][lane.corner * SUB + (lane.corner & 8) + lane.row % SUB])[i * 2 * (LANES * SUB + 12) + c * SUB];
+  return (&tile.v[lane.row / SUB][lane.corner * SUB + (lane.corner & 8) + lane.row % SUB])[i * 2 * GAPPED + c * SUB];
 }
 
 // B or C of a tile of tokens; the whole block reads them.
