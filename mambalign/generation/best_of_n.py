@@ -12,12 +12,12 @@ from mambalign.data.sources import json_rows, plain_message
 from mambalign.generation.journal import (
     Journal,
     check_rows,
-    file_fingerprint,
     model_fingerprint,
     progress,
 )
 from mambalign.generation.sampling import Sampling, sample
 from mambalign.generation.scoring import Scorer, best_device
+from mambalign.models import files
 from mambalign.models.checkpoint import load_model, load_tokenizer
 from mambalign.recipe import UserError
 
@@ -45,7 +45,7 @@ def best_of_n(
     """
     total = check_rows(source, ADDED, _prompt)
     models = {"policy": model_fingerprint(policy), "reward": model_fingerprint(reward)}
-    journal = Journal(out, models | {"input": file_fingerprint(source), "dtype": dtype} | asdict(sampling))
+    journal = Journal(out, models | {"input": files.sha256_file(source), "dtype": dtype} | asdict(sampling))
     if journal.finished is not None:
         return journal.finished | {"finished_before": True}
     model = load_model(policy, dtype=dtype, device=device or best_device()).eval()

@@ -94,9 +94,7 @@ class Journal:
         os.replace(self.partial, self.out)
 
     def _describe(self, more: dict[str, Any]) -> None:
-        beside = self.meta.with_name(f".{self.meta.name}.partial")
-        beside.write_text(json.dumps({"made_from": self.made_from, **more}, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self.meta)
+        files.write_text(self.meta, json.dumps({"made_from": self.made_from, **more}, indent=2) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -127,12 +125,6 @@ def check_rows(source: Path, added: Sequence[str], read: Callable[[dict[str, Any
     if not total:
         raise UserError(f"{source}: there are no rows")
     return total
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_fingerprint(path: str) -> str:

@@ -10,7 +10,6 @@ An adapter is loaded onto the weights it was trained on, or not at all.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def record(recipe: Recipe, stage: str, config: Any) -> dict[str, Any]:
     base: dict[str, Any] = {"path": path, "revision": commit}
     adapter = None
     if files.is_adapter(folder):
-        adapter = _sha256(folder / files.ADAPTER_WEIGHTS)
+        adapter = files.sha256_file(folder / files.ADAPTER_WEIGHTS)
         named = files.read_json(folder / files.ADAPTER_CONFIG)
         base = {"path": named["base_model_name_or_path"], "revision": named.get("revision")}
     base["weights"] = before.get("base", {}).get("weights") if adapter else None
@@ -213,12 +212,7 @@ def merge_adapter(
         if came:
             line = {"stage": "merge", "model": os.fspath(src), "from": came}
             line = {"revision": None, "base": came["base"], "adapter": came["adapter"], "recipe": {}} | line
-            (staging / files.LINEAGE).write_text(json.dumps(line, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            files.write_json(staging / files.LINEAGE, line)
         size = sum(file.stat().st_size for file in files.weight_files(staging))
     where = os.fspath(base or state.config["base_model_name_or_path"])
     return MergeReport(os.fspath(src), where, str(target), difference, size, tuple(notes))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

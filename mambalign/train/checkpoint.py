@@ -6,7 +6,6 @@ at any moment leaves either the finished folder or a staging folder that the nex
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,16 +14,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mambalign.models import files
+
 logger = logging.getLogger("mambalign")
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)$")
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -34,10 +30,10 @@ def _files(folder: Path) -> list[Path]:
 def seal(folder: Path) -> None:
     """Write the manifest of `folder` and force everything to disk."""
     entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
         for path in _files(folder)
     }
-    write_json(folder / MANIFEST, {"files": entries})
+    files.write_json(folder / MANIFEST, {"files": entries})
     for path in _files(folder):
         shutil.copymode(folder / MANIFEST, path)  # safetensors writes for the owner alone, whatever the umask
     for path in [*_files(folder), folder / MANIFEST, folder]:
@@ -75,7 +71,7 @@ def fault(folder: Path) -> str | None:
             return f"misses {path.name}"
         if path.stat().st_size != size:
             return f"has {path.name} with {path.stat().st_size:,} bytes instead of {size:,}"
-        if sha256_file(path) != digest:
+        if files.sha256_file(path) != digest:
             return f"has {path.name} with changed content"
     return None
 
@@ -104,15 +100,3 @@ def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:
     for path in complete[max(limit, 1) :]:
         if str(path) != keep:
             shutil.rmtree(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old content or the new one."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """As `write_text`."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -35,7 +35,6 @@ from mambalign.data.packing import Collator, PackedRows
 from mambalign.data.responses import RewardInputs
 from mambalign.models import files, lineage
 from mambalign.models.checkpoint import add_tokens, holds_reward_model, load_model, load_tokenizer, save_model
-from mambalign.models.files import LINEAGE
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest
 from mambalign.train import card, checkpoint, curves
@@ -195,9 +194,9 @@ def _claim(folder: Path, recipe: Recipe, stage: str) -> RunResult | None:
         if state.get("status") == "finished":
             logger.info("%s is finished (%d steps): nothing to do", folder, state["global_step"])
             return RunResult(folder, state["global_step"], state["metrics"], already_finished=True)
-    checkpoint.write_text(frozen, recipe.to_yaml())
-    checkpoint.write_json(folder / RUN, {"stage": stage, "status": "running", "started": _now()})
-    checkpoint.write_json(folder / ENVIRONMENT, _environment())
+    files.write_text(frozen, recipe.to_yaml())
+    files.write_json(folder / RUN, {"stage": stage, "status": "running", "started": _now()})
+    files.write_json(folder / ENVIRONMENT, _environment())
     return None
 
 
@@ -249,7 +248,7 @@ def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any
     else:
         trainer.adapters.save(folder)
         tokenizer.save_pretrained(folder)
-    checkpoint.write_json(folder / LINEAGE, trainer.lineage)
+    files.write_json(folder / files.LINEAGE, trainer.lineage)
     if lines:
         curves.draw([folder], folder / curves.CURVES)
     trainer.create_model_card()
@@ -259,14 +258,14 @@ def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any
         "global_step": trainer.state.global_step,
         "metrics": summary,
     }
-    checkpoint.write_json(folder / RUN, state)
+    files.write_json(folder / RUN, state)
     card.push(folder, recipe)
     return RunResult(folder, trainer.state.global_step, summary)
 
 
 def _write_facts(folder: Path, train: TokenizedData, evaluation: TokenizedData | None) -> None:
     facts = {"train": train, "eval": evaluation}
-    checkpoint.write_json(
+    files.write_json(
         folder / DATA,
         {name: {"report": data.report, "fingerprint": data.fingerprint} for name, data in facts.items() if data},
     )

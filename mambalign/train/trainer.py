@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows, collate_sequences
-from mambalign.models.files import LINEAGE
+from mambalign.models import files
 from mambalign.train import checkpoint as checkpoints
 from mambalign.train.objectives import (
     Completions,
@@ -437,7 +437,7 @@ class PackedTrainer(Trainer):
     def _save_accumulators(self, folder: Path) -> None:
         sums = {name: float(value) for name, value in self._sums.items()}
         values = {"sums": sums, "totals": self._totals, "evaluated": self._evaluated, "lines": self._metrics_file.lines}
-        checkpoints.write_json(folder / ACCUMULATORS, values)
+        files.write_json(folder / ACCUMULATORS, values)
 
     def restore_accumulators(self, folder: Path) -> None:
         """Continue the log where the checkpoint interrupted it: its averages, its last evaluation, its lines."""
@@ -457,7 +457,7 @@ class PackedTrainer(Trainer):
             self.adapters.save(folder, for_resuming=True)
             self.processing_class.save_pretrained(folder)
         if self.lineage is not None and self.args.should_save:
-            checkpoints.write_json(folder / LINEAGE, self.lineage)
+            files.write_json(folder / files.LINEAGE, self.lineage)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.adapters is None:
@@ -536,7 +536,7 @@ class MetricsFile(TrainerCallback):
 
     def _rewind(self, path: Path) -> None:
         kept = read_metrics(path)[: self.lines]
-        checkpoints.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.lines = len(kept)
 
 
