@@ -249,11 +249,13 @@ def test_real_preferences_are_ranked_better_than_by_chance(shared_data: Path, tm
         dict(
             stage="reward", model_name_or_path=str(tmp_path / "new"), chat_template="zephyr",
             dataset_mixer={str(shared_data / "data/dpo"): 1.0}, dataset_splits=["train_prefs", "test_prefs"],
-            max_length=512, max_train_samples=2000, max_eval_samples=500, per_device_train_batch_size=16,
-            per_device_eval_batch_size=16, learning_rate=1e-2, output_dir=str(tmp_path / "run"), save_strategy="no",
+            max_length=512, max_train_samples=2000, per_device_train_batch_size=16, per_device_eval_batch_size=16,
+            learning_rate=3e-3, output_dir=str(tmp_path / "run"), save_strategy="no",
             report_to=[], use_cpu=True, disable_tqdm=True,
         )
     )  # fmt: skip
     metrics = run("reward", recipe).metrics
-    assert metrics["eval_rewards/accuracies"] > 0.6  # 0.04 is two standard errors
+    # Of 853 held-out pairs: chance is three standard errors below this, and what eight trainings reached (0.60 to 0.65,
+    # which rounding and so the machine decides) three above.
+    assert metrics["eval_rewards/accuracies"] > 0.55
     assert 0.6 < metrics["eval_lengths/accuracies"] < 0.8  # what the data give away by length
