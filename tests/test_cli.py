@@ -180,7 +180,7 @@ def test_list_falls_back_on_the_recipes_that_an_installed_mambalign_brings(
 
 
 def test_narrow_terminals_cut_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambalign.cli._console", lambda: Console(width=70))
+    monkeypatch.setattr("mambalign.cli.training.make_console", lambda: Console(width=70))
     assert "gradient_checkpointing_kwargs" in run("recipes", "keys").output
 
 
@@ -198,8 +198,8 @@ def test_doctor_reports_versions_devices_and_backends() -> None:
 def test_libraries_are_heard_once() -> None:
     code = """
 import logging, datasets, huggingface_hub
-from mambalign.cli import _log
-_log()
+from mambalign.cli.common import log_to_stderr
+log_to_stderr()
 for library in ("datasets", "huggingface_hub", "accelerate"):
     logging.getLogger(library + ".part").warning("said by %s", library)
 """
