@@ -15,7 +15,7 @@ import yaml
 
 from mambalign.recipe.legacy import rename_keys
 from mambalign.recipe.splits import entry_splits, is_test_split
-from mambalign.recipe.values import UserError, coerce, parse_yaml, read_recipe_map, set_nested, split_overrides
+from mambalign.recipe.values import UserError, coerce, parse_yaml, read_recipe_map, seconds, set_nested, split_overrides
 
 logger = logging.getLogger("mambalign")
 
@@ -312,6 +312,12 @@ class Recipe:
         2, "saving", "Checkpoints to keep; with 2, one that a crash tore has another before it."
     )
     save_only_model: bool = _arg(False, "saving", "Save no optimizer state: smaller, but such a run cannot resume.")
+    save_minutes: float | None = _key(
+        None, "saving", "Also save when so many minutes of work would be lost, whatever save_steps says."
+    )
+    max_runtime: str | None = _key(
+        None, "saving", "Stop in time with a checkpoint and exit code 85: 4h, 90m, 1h30m, 1-00:00:00 or 04:00:00."
+    )
     push_to_hub: bool = _arg(False, "saving", "Upload the finished model and its card.")
     hub_model_id: str | None = _arg(
         None, "saving", "Repository to push to; null is output_dir's name under your account."
@@ -400,6 +406,11 @@ class Recipe:
         """Splits that are only ever evaluated, by their name."""
         return [s for s in self.dataset_splits if is_test_split(s)]
 
+    @property
+    def max_runtime_seconds(self) -> float | None:
+        """`max_runtime` in seconds."""
+        return None if self.max_runtime is None else seconds("max_runtime", self.max_runtime)
+
     def accumulation_steps(self, world_size: int = 1) -> int:
         """Device batches per optimizer step with `world_size` devices.
 
@@ -458,6 +469,8 @@ class Recipe:
 
 def _check_values(recipe: Recipe) -> None:
     """Ranges and pairs of keys that cannot work in any stage."""
+    if recipe.max_runtime is not None:
+        seconds("max_runtime", recipe.max_runtime)
 
     def refuse(key: str, why: str) -> None:
         raise UserError(f"{key} is {getattr(recipe, key)!r}: {why}")
@@ -466,7 +479,7 @@ def _check_values(recipe: Recipe) -> None:
         "max_length", "max_prompt_length", "max_tokens_per_device", "beta", "learning_rate", "num_train_epochs",
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
         "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "reference_batch_tokens", "lora_r",
-        "lora_alpha", "logging_steps", "save_steps", "eval_steps", "save_total_limit",
+        "lora_alpha", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "save_minutes",
     )  # fmt: skip
     for key in positive:
         value = getattr(recipe, key)

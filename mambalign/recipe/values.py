@@ -270,3 +270,22 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
         literals = [a for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal]
         hint = nearest(str(value), [str(c) for a in literals for c in get_args(a)])
         raise UserError(f"{key} must be {type_name(annotation)}, not {_describe(value)}{hint}") from error
+
+
+def seconds(key: str, text: str) -> float:
+    """Seconds of "4h", "1h30m", "90m", "45s", and of Slurm's "[days-]hours:minutes:seconds".
+
+    >>> seconds("max_runtime", "1h30m"), seconds("max_runtime", "1-00:00:30")
+    (5400.0, 86430.0)
+
+    Raises:
+        UserError: `text` is no time above zero. A bare number, which schedulers read in different units, is none.
+    """
+    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text.strip())
+    match = units or clock
+    parts = [int(part or 0) for part in match.groups()] if match else []
+    total = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+    if not total:
+        raise UserError(f"{key}: {text!r} is no time; write it like 4h, 90m, 1h30m or, in quotes, '04:00:00'")
+    return float(total)

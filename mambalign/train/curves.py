@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mambalign.recipe import UserError
-from mambalign.train.trainer import METRICS, read_metrics
+from mambalign.train.callbacks import METRICS, read_metrics
 
 CURVES = "curves.svg"
 LABELS = {"lengths/accuracies": "by length alone"}

@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 from mambalign.data.packing import Collator, PackedRows
 from mambalign.recipe import UserError
 from mambalign.train.objectives import sequence_sums
+from mambalign.train.preemption import Preemption
 from mambalign.train.trainer import target_logps
 
 logger = logging.getLogger("mambalign")
@@ -56,6 +57,7 @@ def reference_logps(
     max_tokens: int | None,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
+    preemption: Preemption,
     description: str = "reference log-probs",
 ) -> Tensor:
     """fp32 `[N, 2]`: log-probs of chosen and rejected of pair i under `model`, from the cache where it holds them.
@@ -77,9 +79,12 @@ def reference_logps(
     processes = PartialState()
     processes.wait_for_everyone()  # all have seen the same parts
     for number in _progress(missing[processes.process_index :: processes.num_processes], description):
+        if preemption.reason is not None:
+            break  # the parts so far are kept
         part = _compute(model, rows, ranges[number], collator, device, autocast)
         _write(paths[number], key, part)
     processes.wait_for_everyone()
+    preemption.check(f"computing {description}")
     for number in missing:
         parts[number] = _read(paths[number], key, len(ranges[number]))
     model.train(was_training)

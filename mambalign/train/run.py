@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,16 @@ from mambalign.models.checkpoint import add_tokens, holds_reward_model, load_mod
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest
 from mambalign.train import card, checkpoint, curves
+from mambalign.train.callbacks import METRICS, read_metrics
 from mambalign.train.objectives import PreferenceOptions
+from mambalign.train.preemption import Preempted, Preemption
 from mambalign.train.reference import cache_key, reference_logps, weights_fingerprint
 from mambalign.train.trainer import (
-    METRICS,
     Objective,
     PackedTrainer,
     PreferenceObjective,
     RewardObjective,
     SequenceObjective,
-    read_metrics,
 )
 
 logger = logging.getLogger("mambalign")
@@ -84,24 +84,56 @@ def run(stage: str, recipe: Recipe) -> RunResult:
     Raises:
         UserError: anything the user can mend: recipe, data, model, or an `output_dir` of another recipe.
         NonFiniteLossError: the loss diverged.
+        Preempted: a signal or `max_runtime` stopped the run after a checkpoint; as an exit of the process, code 85.
     """
     recipe.require(stage)
     folder = Path(str(recipe.output_dir)).expanduser()
     # The arguments come first: they set up devices, find the other processes, and refuse early what cannot work.
-    args = training_arguments(recipe, folder)
+    args = training_arguments(_for_this_many(recipe, folder), folder)
     _make(folder, recipe)
-    with _exclusive(folder):
-        claimed = [_claim(folder, recipe, stage) if args.process_index == 0 else None]
+    minutes = recipe.save_minutes
+    preemption = Preemption(recipe.max_runtime_seconds, None if minutes is None else 60 * minutes)
+    with _exclusive(folder), preemption.listening():
+        claimed = [_claim(folder, recipe, stage, args) if args.process_index == 0 else None]
         finished: RunResult | None = broadcast_object_list(claimed)[0]
-        return finished or _train(stage, recipe, folder, args)
+        try:
+            return finished or _train(stage, recipe, folder, args, preemption)
+        except Preempted as stop:
+            if args.process_index == 0:
+                _note_end(folder, "preempted", why=str(stop))
+                logger.warning("stopped: %s; the same command goes on from here (exit code %d)", stop, stop.code)
+            raise
 
 
-def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) -> RunResult:
+def _for_this_many(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe, its batch cut for the processes there are now: a run that moves to more or fewer GPUs keeps the rows
+    of every step, so its losses and its schedule."""
+    now = int(os.environ.get("WORLD_SIZE", "1"))
+    first = (_read_json(folder / RUN).get("attempts") or [{}])[0].get("processes", now)
+    if first == now or recipe.resume == "never":
+        return recipe
+    total = recipe.per_device_train_batch_size * recipe.accumulation_steps(first) * first
+    device_batch = next(
+        (n for n in range(recipe.per_device_train_batch_size, 0, -1) if total % (n * now) == 0),
+        recipe.per_device_train_batch_size,
+    )
+    logger.info(
+        "%d processes, %d before: %d a device batch and %d accumulated keep the %d of a step",
+        now, first, device_batch, total // (device_batch * now), total,
+    )  # fmt: skip
+    return replace(
+        recipe, global_batch_size=total, gradient_accumulation_steps=None, per_device_train_batch_size=device_batch
+    )
+
+
+def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments, preemption: Preemption) -> RunResult:
     objective = _objective(stage, recipe)
     _check_best_metric(recipe, objective)
-    model, tokenizer, facts, adapters = load_start(recipe, stage)
-    with args.main_process_first(local=False, desc="tokenising"):  # the others read its cache
-        train, evaluation = load_data(recipe, stage, tokenizer)
+    with preemption.excusing("loading"):
+        model, tokenizer, facts, adapters = load_start(recipe, stage)
+        with args.main_process_first(local=False, desc="tokenising"):  # the others read its cache
+            train, evaluation = load_data(recipe, stage, tokenizer)
+    preemption.check("loading")
     if stage == "reward":
         model.config.reward_inputs = RewardInputs.of(recipe, tokenizer, train).to_dict()
     if args.process_index == 0:
@@ -123,12 +155,14 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments) ->
             write_card=lambda target: card.write(target, stage, recipe, facts, train, read_metrics(folder / METRICS)),
             adapters=adapters,
             lineage=facts["lineage"],
+            preemption=preemption,
         )
     _say_plan(trainer, rows, recipe, stage)
     if isinstance(objective, PreferenceObjective) and objective.options.needs_reference:
         for name, data in (("train", train), ("eval", evaluation)):
             if data is not None:
                 objective.reference[name] = _reference(trainer, data, name, recipe, folder, facts)
+    preemption.check("beginning")
     start = _resume_point(folder, recipe)
     if start is not None:
         logger.info("resuming from %s", start)
@@ -173,7 +207,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def _claim(folder: Path, recipe: Recipe, stage: str) -> RunResult | None:
+def _claim(folder: Path, recipe: Recipe, stage: str, args: TrainingArguments) -> RunResult | None:
     """Make the folder this recipe's; the result if the run in it is finished.
 
     Raises:
@@ -195,9 +229,25 @@ def _claim(folder: Path, recipe: Recipe, stage: str) -> RunResult | None:
             logger.info("%s is finished (%d steps): nothing to do", folder, state["global_step"])
             return RunResult(folder, state["global_step"], state["metrics"], already_finished=True)
     files.write_text(frozen, recipe.to_yaml())
-    files.write_json(folder / RUN, {"stage": stage, "status": "running", "started": _now()})
+    state = _read_json(folder / RUN)
+    attempt = {"started": _now(), "processes": args.world_size}
+    state = {
+        "stage": stage,
+        "status": "running",
+        "started": state.get("started", attempt["started"]),
+        "attempts": [*state.get("attempts", []), attempt],
+    }
+    files.write_json(folder / RUN, state)
     files.write_json(folder / ENVIRONMENT, _environment())
     return None
+
+
+def _note_end(folder: Path, status: str, **facts: Any) -> None:
+    """Write into run.json how this attempt ended; one that was killed has no end there."""
+    state = _read_json(folder / RUN)
+    attempts: list[dict[str, Any]] = state.get("attempts") or [{}]
+    attempts[-1] |= {"ended": _now(), "status": status, **{k: v for k, v in facts.items() if k == "why"}}
+    files.write_json(folder / RUN, state | {"status": status, "attempts": attempts, "ended": _now(), **facts})
 
 
 def _changed_keys(earlier: Recipe, now: Recipe) -> list[str]:
@@ -230,7 +280,7 @@ def _resume_point(folder: Path, recipe: Recipe) -> Path | None:
         problem = checkpoint.fault(chosen)
         if problem:
             raise UserError(f"resume: {chosen} {problem}; --resume auto takes the newest complete one")
-    if chosen and recipe.save_only_model:
+    if chosen and not (chosen / "scheduler.pt").exists():
         raise UserError(
             f"save_only_model: {chosen} holds no optimizer state, so the run cannot go on from there; --resume never "
             "sets it aside and starts afresh, or make the checkpoint the model_name_or_path of a new run"
@@ -252,13 +302,7 @@ def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any
     if lines:
         curves.draw([folder], folder / curves.CURVES)
     trainer.create_model_card()
-    state = _read_json(folder / RUN) | {
-        "status": "finished",
-        "ended": _now(),
-        "global_step": trainer.state.global_step,
-        "metrics": summary,
-    }
-    files.write_json(folder / RUN, state)
+    _note_end(folder, "finished", global_step=trainer.state.global_step, metrics=summary)
     card.push(folder, recipe)
     return RunResult(folder, trainer.state.global_step, summary)
 
@@ -508,6 +552,7 @@ def _reference(
         max_tokens=bound,
         device=trainer.args.device,
         autocast=trainer.compute_loss_context_manager,
+        preemption=trainer.preemption,
         description=f"reference log-probs ({split})",
     )
 

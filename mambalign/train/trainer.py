@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +22,13 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows, collate_sequences
 from mambalign.models import files
 from mambalign.train import checkpoint as checkpoints
+from mambalign.train.callbacks import AdapterAudit, MetricsFile, Milestones
 from mambalign.train.objectives import (
     Completions,
     PreferenceOptions,
@@ -39,6 +39,7 @@ from mambalign.train.objectives import (
     sequence_sums,
     sft_loss,
 )
+from mambalign.train.preemption import DeafWorker, Preempted, Preemption, held_while_reading, signals_held
 from mambalign.train.processes import FilledRows, FilledSampler, add_up
 
 if TYPE_CHECKING:  # PEFT takes seconds to import
@@ -46,7 +47,6 @@ if TYPE_CHECKING:  # PEFT takes seconds to import
 
 logger = logging.getLogger("mambalign")
 
-METRICS = "metrics.jsonl"
 ACCUMULATORS = "accumulators.json"
 
 
@@ -176,6 +176,7 @@ class PackedTrainer(Trainer):
         write_card: called with a folder to write the model card there.
         adapters: what trains, where that is not the whole model; checkpoints hold it alone.
         lineage: what the run started from (see `lineage.py`).
+        preemption: says when to stop, or to save between `save_steps`.
     """
 
     def __init__(
@@ -193,10 +194,12 @@ class PackedTrainer(Trainer):
         write_card: Callable[[Path], None] | None = None,
         adapters: Adapters | None = None,
         lineage: dict[str, Any] | None = None,
+        preemption: Preemption | None = None,
     ):
         self.adapters, self.lineage = adapters, lineage
+        self.preemption = preemption or Preemption()
         self.objective, self.sampler_seed, self.row_ids, self.write_card = objective, sampler_seed, row_ids, write_card
-        self._metrics_file = MetricsFile()
+        self._metrics_file, self.milestones = MetricsFile(), Milestones(self)
         super().__init__(
             model=model,
             args=args,
@@ -204,7 +207,7 @@ class PackedTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=[self._metrics_file] + ([AdapterAudit(model)] if adapters else []),
+            callbacks=[self._metrics_file, self.milestones] + ([AdapterAudit(model)] if adapters else []),
         )
         self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
         self._sums: dict[str, float | Tensor] = {}
@@ -212,6 +215,7 @@ class PackedTrainer(Trainer):
         self._clock: float | None = None  # set by the first step: loading is not training
         self._indices: list[int] = []  # what the current step has read
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self._owed: dict[str, bool] | None = None  # an evaluation at this step that is still to come; is a save?
         self._parameters = sum(p.numel() for p in model.parameters())
 
     # ------------------------------------------------------------------------------------------------- the step
@@ -307,7 +311,15 @@ class PackedTrainer(Trainer):
         # transformers drops the last rows of an evaluation too; of a filled one there is nothing to drop.
         if not (is_training and self.args.dataloader_drop_last):
             dataset = FilledRows(dataset, batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        loader = super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        if loader.num_workers:
+            # Forked, whatever Python's default: a fork server would die of the signals that its workers outlive.
+            loader.multiprocessing_context, loader.worker_init_fn = "fork", DeafWorker(loader.worker_init_fn)
+        return loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with signals_held():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -318,7 +330,46 @@ class PackedTrainer(Trainer):
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         # accelerate does not reach the sampler of a resumed epoch when there are several processes.
         self._order.set_epoch(epoch)
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end, which transformers would train past
+            self.control.should_training_stop = True
+            return
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    # ----------------------------------------------------------------------------------------- the end of a step
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log, evaluate and save, in this order and as due; then stop, if that was asked for.
+
+        transformers comes here at the end of a step and again at the end of an epoch. What ends both is done once: a
+        checkpoint made between the two would not know that the epoch's evaluation is still to come.
+        """
+        closing = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
+        if closing and not self.milestones.epoch_ended:
+            return
+        stop, save = self.preemption.step_ends()
+        evaluate, planned = self.control.should_evaluate, self.control.should_save
+        self.control.should_save = planned or save or stop
+        # The grace may be shorter than an evaluation, which the next start can make up for.
+        self.control.should_evaluate = evaluate and not stop
+        self._owed = {"save": planned} if evaluate and stop else None
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        except Preempted:
+            self._owed = {"save": planned}
+            self._save_checkpoint(model)
+            raise
+        if stop:
+            why = self.preemption.reason or "another process was asked to"
+            raise Preempted(f"{why} at step {self.state.global_step} of {self.state.max_steps}")
+
+    def make_up(self) -> None:
+        """The evaluation, and the save after it, that the step of the checkpoint could not wait for."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            self.control.should_log, self.control.should_evaluate, self.control.should_save = False, True, owed["save"]
+            super()._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, None, None, 0.0)
 
     # ---------------------------------------------------------------------------------------- evaluation and logs
 
@@ -335,7 +386,8 @@ class PackedTrainer(Trainer):
         model.eval()
         sums: dict[str, float | Tensor] = {}
         items, started = 0, time.perf_counter()
-        for batches in loader:
+        for batches in held_while_reading(loader):
+            self.preemption.check("evaluating")
             for batch in batches:
                 batch = batch.to(self.args.device)
                 with self.compute_loss_context_manager():
@@ -360,7 +412,15 @@ class PackedTrainer(Trainer):
     def final_evaluation(self) -> dict[str, float]:
         """Metrics of the finished model; those of the last step's evaluation if there was one."""
         step, metrics = self._evaluated
-        return metrics if step == self.state.global_step and not self.args.load_best_model_at_end else self.evaluate()
+        if step == self.state.global_step and not self.args.load_best_model_at_end:
+            return metrics
+        try:
+            return self.evaluate()
+        except Preempted:
+            newest = checkpoints.newest_complete(Path(self.args.output_dir))
+            if newest is None or newest.name != f"checkpoint-{self.state.global_step}":
+                self._save_checkpoint(self.model_wrapped)
+            raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log line to the Trainer's own."""
@@ -397,6 +457,7 @@ class PackedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Staged, sealed, renamed (see `checkpoint.py`). A failed save is reported and training goes on."""
         self.check_weights()
+        started = time.monotonic()
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         staging = final.parent / checkpoints.STAGING
         self._pool()
@@ -410,6 +471,7 @@ class PackedTrainer(Trainer):
             self._publish(staging / final.name, final, failure)
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        self.preemption.saved(time.monotonic() - started)
 
     def _publish(self, staged: Path, final: Path, failure: str | None) -> None:
         failure = failure or _failure(lambda: checkpoints.publish(staged, final))
@@ -424,10 +486,13 @@ class PackedTrainer(Trainer):
 
     def _stage(self, model: nn.Module, trial: Any, staging: Path, final: Path) -> None:
         self._staging: str | None = str(staging)
+        only_model = self.args.save_only_model
+        # Whoever is asked to stop is to go on later.
+        self.args.save_only_model = only_model and self.preemption.reason is None
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._staging = None
+            self._staging, self.args.save_only_model = None, only_model
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}")) if best else None
         if self.args.should_save:
@@ -437,13 +502,14 @@ class PackedTrainer(Trainer):
     def _save_accumulators(self, folder: Path) -> None:
         sums = {name: float(value) for name, value in self._sums.items()}
         values = {"sums": sums, "totals": self._totals, "evaluated": self._evaluated, "lines": self._metrics_file.lines}
-        files.write_json(folder / ACCUMULATORS, values)
+        files.write_json(folder / ACCUMULATORS, values | {"owed": self._owed})
 
     def restore_accumulators(self, folder: Path) -> None:
         """Continue the log where the checkpoint interrupted it: its averages, its last evaluation, its lines."""
         saved = json.loads((folder / ACCUMULATORS).read_text())
         step, metrics = saved["evaluated"]
         self._evaluated, self._metrics_file.lines = (step, metrics), saved["lines"]
+        self._owed = saved.get("owed")
         self.args.eval_on_start = False  # the run has started
         if self.is_world_process_zero():  # the sums are those of all processes
             self._sums, self._totals = saved["sums"], saved["totals"]
@@ -493,59 +559,3 @@ def _failure(work: Callable[[], None]) -> str | None:
     except (OSError, SafetensorError, RuntimeError) as error:
         return str(error)
     return None
-
-
-class AdapterAudit(TrainerCallback):
-    """Stops a run whose adapters do not all train, in its first steps."""
-
-    def __init__(self, model: nn.Module) -> None:
-        from mambalign.models.adapters import Audit
-
-        self._audit: Audit | None = Audit(model)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._audit is not None and not self._audit.check():
-            self._audit = None
-
-
-class MetricsFile(TrainerCallback):
-    """`metrics.jsonl` in the run folder: one line a log, without gaps or doubles however often the run restarts.
-
-    `lines` counts those that are in it; a checkpoint remembers the count, and the lines written after it go when a
-    run resumes there: they will come again.
-    """
-
-    def __init__(self) -> None:
-        self.lines = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self._rewind(Path(args.output_dir) / METRICS)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        # The summary at the end of training averages over the last process only: not worth keeping.
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        path = Path(args.output_dir) / METRICS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch} | logs) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.lines += 1
-
-    def _rewind(self, path: Path) -> None:
-        kept = read_metrics(path)[: self.lines]
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.lines = len(kept)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -168,7 +168,7 @@ def test_a_dead_adapter_stops_the_run_at_its_first_step(recipe: Make, monkeypatc
 
 def test_an_adapter_that_dies_after_a_step_is_found_too(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first half of a LoRA gets its first gradient when the other has moved; with warmup that is the third step."""
-    from mambalign.train.trainer import AdapterAudit
+    from mambalign.train.callbacks import AdapterAudit
 
     real, seen = AdapterAudit.on_pre_optimizer_step, []
 
