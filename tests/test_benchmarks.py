@@ -25,7 +25,7 @@ from mambalign.models.mamba import MambaMixer, RMSNorm
 from mambalign.ops import Segments, causal_conv1d, selective_scan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("common", "models", "ops", "train_step", "real_data", "sft_real", "dpo_real", "plot")
+SCRIPTS = ("common", "models", "ops", "train_step", "real_data", "sft_real", "dpo_real", "decode", "plot")
 
 
 class Block(nn.Module):
@@ -75,6 +75,14 @@ class MambaLMHeadModel(nn.Module):
         )
 
 
+def decode(ids: Tensor, model: Any, max_length: int, top_k: int, cg: bool) -> Tensor:
+    assert top_k == 1 and cg
+    with torch.no_grad():
+        while ids.shape[1] < max_length:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
 def packed(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
@@ -110,6 +118,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleTy
         "mamba_ssm.models": {},
         "mamba_ssm.models.config_mamba": {"MambaConfig": SimpleNamespace},
         "mamba_ssm.models.mixer_seq_simple": {"MambaLMHeadModel": MambaLMHeadModel},
+        "mamba_ssm.utils": {},
+        "mamba_ssm.utils.generation": {"decode": decode},
         "mamba_ssm.ops": {},
         "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
         "mamba_ssm.ops.triton": {},
@@ -203,6 +213,23 @@ def test_train_step(
     monkeypatch.setattr(MambaLMHeadModel, "error", 0.01)
     with pytest.raises(SystemExit, match="losses differ"):
         script("train_step").main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "train_step.json")])
+
+
+def test_decode(script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, file = script("decode").main, tmp_path / "decode.json"
+    main(["--tiny", "--repeats", "1", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["answers"] for row in rows] == [1, 8] and all(row["mambalign"] > 0 for row in rows)
+    gpu = ["--gpu", "--tiny", "--repeats", "1", "--json", str(file)]
+    monkeypatch.setattr(script("decode"), "CONTEXTS", (64, 128))
+    monkeypatch.setattr(script("decode"), "BATCHES", (1, 2))
+    monkeypatch.setattr(script("decode"), "write", lambda name, path, rows: path.write_text(json.dumps(rows)))
+    main(gpu)
+    seen = {(row["case"], row.get("who")) for row in json.loads(file.read_text())}
+    assert seen == {(c, w) for c in ("even", "uneven") for w in ("ours", "mamba-ssm")} | {("context", None)}
+    monkeypatch.setattr(MambaLMHeadModel, "error", 1.0)
+    with pytest.raises(SystemExit, match="differs from mamba-ssm's from token 0 on: no numbers"):
+        main(gpu)
 
 
 def test_training_cases_cover_what_is_claimed(script: Callable[[str], ModuleType]) -> None:

@@ -80,9 +80,9 @@ def best_of_n(
     log_to_stderr()
     with user_errors(debug, interrupted="; run the same command again to go on"):
         from mambalign.generation.best_of_n import best_of_n as choose
-        from mambalign.generation.sampling import Sampling
+        from mambalign.generation.requests import Sampling
 
-        sampling = Sampling(n, max_new_tokens, temperature, top_p, seed)
+        sampling = Sampling(n, max_new_tokens, temperature, top_p, seed=seed)
         out = out or prompts.with_suffix(f".best-of-{n}.jsonl")
         print_summary(out, choose(policy, reward_model, prompts, out, sampling, device=device, dtype=dtype))
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mambalign.data.chat import check_template, encode_prompt, template_roles
 from mambalign.data.rows import ChatRules, Skip
 from mambalign.data.sources import json_rows, plain_message
+from mambalign.generation.engine import Engine
 from mambalign.generation.journal import (
     Journal,
     check_rows,
     model_fingerprint,
     progress,
 )
-from mambalign.generation.sampling import Sampling, sample
-from mambalign.generation.scoring import Scorer, best_device
+from mambalign.generation.requests import Completion, Request, Sampling
+from mambalign.generation.scoring import Scorer
 from mambalign.models import files
-from mambalign.models.checkpoint import load_model, load_tokenizer
 from mambalign.recipe import UserError
 
 ADDED = ("best", "candidates", "skipped")  # keys that are added to a row
@@ -41,28 +42,31 @@ def best_of_n(
     chat template, scores read in the reward model's. Interrupted, the same call goes on, and gives the same answers.
 
     Raises:
-        UserError: a model is of the wrong kind, a row has no prompt, or `out` is another result.
+        UserError: a model is of the wrong kind, a row has no prompt, all answers to one would be the same, or `out` is
+            another result.
     """
+    if sampling.temperature == 0 and sampling.n > 1:
+        raise UserError("temperature: must be above 0; at 0 all answers would be the same")
     total = check_rows(source, ADDED, _prompt)
     models = {"policy": model_fingerprint(policy), "reward": model_fingerprint(reward)}
     journal = Journal(out, models | {"input": files.sha256_file(source), "dtype": dtype} | asdict(sampling))
     if journal.finished is not None:
         return journal.finished | {"finished_before": True}
-    model = load_model(policy, dtype=dtype, device=device or best_device()).eval()
-    tokenizer = load_tokenizer(policy)
-    check_template(tokenizer)
+    engine = Engine.load(policy, device=device, dtype=dtype)
+    check_template(engine.tokenizer)
     scorer = Scorer.load(reward, device=device, dtype=dtype)
-    rules = ChatRules(template_roles(tokenizer), None, True)
+    together = max(1, 2 * engine.slots // sampling.n)  # prompts: enough that slots are rarely empty
     with journal, progress(total, journal.written, f"best of {sampling.n}") as bar:
         tally = _Tally()
         for row in journal.earlier():
             tally.count(row)
-        for number, (_, row) in enumerate(json_rows(source)):
-            if number >= journal.written:
-                answered = _answered(row, model, tokenizer, scorer, rules, sampling)
-                tally.count(answered)
-                journal.write([answered])
-                bar.update(1)
+        rows = (row for number, (_, row) in enumerate(json_rows(source)) if number >= journal.written)
+        while part := list(islice(rows, together)):
+            answered = _answered(part, engine, scorer, sampling)
+            for row in answered:
+                tally.count(row)
+            journal.write(answered)
+            bar.update(len(answered))
         journal.finish(tally.summary())
     return tally.summary()
 
@@ -74,22 +78,42 @@ def _prompt(row: dict[str, Any], where: str) -> Any:
     return given[0]
 
 
-def _answered(
-    row: dict[str, Any], model: Any, tokenizer: Any, scorer: Scorer, rules: ChatRules, sampling: Sampling
-) -> dict[str, Any]:
+def _answered(rows: list[dict[str, Any]], engine: Engine, scorer: Scorer, sampling: Sampling) -> list[dict[str, Any]]:
+    read = [_turns(row, engine.tokenizer) for row in rows]
+    asked = [turns for turns in read if not isinstance(turns, Skip)]
+    requests = [Request(tuple(encode_prompt(engine.tokenizer, turns)), sampling) for turns in asked]
+    answers = iter(engine.generate(requests))
+    return [
+        _skipped(row, turns) if isinstance(turns, Skip) else _ranked(row, turns, next(answers), scorer)
+        for row, turns in zip(rows, read, strict=True)
+    ]
+
+
+def _turns(row: dict[str, Any], tokenizer: Any) -> list[dict[str, str]] | Skip:
     prompt = _prompt(row, "")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    rules = ChatRules(template_roles(tokenizer), None, True)
     try:
         turns = rules.read(rules.as_messages([*map(plain_message, messages)], "user"), needs_answer=False)
-        if turns[-1]["role"] == "assistant":
-            raise Skip("nothing_asked")
-        samples = sample(model, tokenizer, encode_prompt(tokenizer, turns), sampling)
-        (scores,) = scorer.score([scorer.read(turns, [answer.text for answer in samples])])
+        return Skip("nothing_asked") if turns[-1]["role"] == "assistant" else turns
     except Skip as skip:
-        return {**row, "best": None, "candidates": [], "skipped": skip.sentence}
-    order = sorted(range(len(samples)), key=lambda i: -scores[i])
-    candidates = [{"text": samples[i].text, "score": scores[i], "finished": samples[i].finished} for i in order]
+        return skip
+
+
+def _ranked(row: dict[str, Any], turns: Any, answers: list[Completion], scorer: Scorer) -> dict[str, Any]:
+    try:
+        (scores,) = scorer.score([scorer.read(turns, [answer.text for answer in answers])])
+    except Skip as skip:
+        return _skipped(row, skip)
+    order = sorted(range(len(answers)), key=lambda i: -scores[i])
+    candidates = [
+        {"text": answers[i].text, "score": scores[i], "finished": answers[i].finish_reason == "stop"} for i in order
+    ]
     return {**row, "best": candidates[0]["text"], "candidates": candidates}
+
+
+def _skipped(row: dict[str, Any], skip: Skip) -> dict[str, Any]:
+    return {**row, "best": None, "candidates": [], "skipped": skip.sentence}
 
 
 @dataclass

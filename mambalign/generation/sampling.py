@@ -1,77 +1,82 @@
-"""Several answers to one prompt. The one place that generates here, for a faster engine to replace."""
+"""From logits to tokens: the choice of every answer by its own rules and its own random numbers.
+
+The rules come in transformers' order (`GenerationMixin._get_logits_processor`): repetition penalty, temperature, top-k,
+top-p, min-p. Answers with the same rules are computed together, row by row, so nothing depends on which they are.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import random
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from mambalign.data.chat import end_of_turn_id
-from mambalign.recipe import UserError
+from mambalign.generation.requests import Sampling, TokenLogprob
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """n: answers a prompt. top_p: nucleus sampling (arXiv 1904.09751, section 3.1). seed: with the prompt's tokens it
-    decides the answers, in whatever order prompts come."""
-
-    n: int = 8
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.n < 1 or self.max_new_tokens < 1:
-            raise UserError(f"n ({self.n}) and max_new_tokens ({self.max_new_tokens}) must be at least 1")
-        if not self.temperature > 0:
-            raise UserError(f"temperature: {self.temperature} must be above 0; at 0 all answers would be the same")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: {self.top_p} must be above 0 and at most 1")
-
-    def prompt_seed(self, prompt: Sequence[int]) -> int:
-        digest = hashlib.sha256(f"{self.seed}:{','.join(map(str, prompt))}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
+Rules = tuple[float, int, float, float]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An answer without its end-of-turn token. `finished`: the model ended it, before max_new_tokens did."""
+class Chooser(Protocol):
+    """What an answer brings. random: 53 bits a draw. seen: bool `[V]`, tokens that the repetition penalty falls on."""
 
-    text: str
-    finished: bool
+    sampling: Sampling
+    random: random.Random
+    seen: Tensor | None
 
 
-@torch.inference_mode()
-def sample(model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling) -> list[Sample]:
-    """`sampling.n` answers to the token ids `prompt`, which is computed once: its state is copied to every answer."""
-    ids = torch.tensor([list(prompt)], device=model.device)
-    cache = None
-    if ids.shape[1] > 1:
-        cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).cache_params
-        cache.reorder_cache(torch.zeros(sampling.n, dtype=torch.long, device=model.device))
-    last = ids[:, -1:].repeat(sampling.n, 1)
-    end = end_of_turn_id(tokenizer)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(sampling.prompt_seed(prompt))
-        out = model.generate(
-            input_ids=last,
-            attention_mask=torch.ones_like(last),
-            cache_params=cache,
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=0,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-    samples = []
-    for row in out[:, 1:].tolist():
-        finished = end in row
-        kept = row[: row.index(end)] if finished else row
-        samples.append(Sample(tokenizer.decode(kept, skip_special_tokens=True), finished))
-    return samples
+def choose(logits: Tensor, answers: Sequence[Chooser]) -> list[int]:
+    """A token a row of `logits [n, V]`. Exactly one random number is used for each row that is not greedy."""
+    scores = logits
+    for row, answer in enumerate(answers):
+        if answer.seen is not None:
+            scores = logits.clone() if scores is logits else scores
+            penalty = answer.sampling.repetition_penalty
+            scores[row] = torch.where(answer.seen, torch.where(scores[row] < 0, scores[row] * penalty, scores[row] / penalty), scores[row])  # fmt: skip # noqa: E501
+    groups: dict[Rules, list[int]] = defaultdict(list)
+    for row, answer in enumerate(answers):
+        s = answer.sampling
+        if s.temperature > 0:
+            groups[(s.temperature, s.top_k, s.top_p, s.min_p)].append(row)
+    chosen = [0] * len(answers)
+    if sum(map(len, groups.values())) < len(answers):
+        chosen = scores.argmax(-1).tolist()
+    for rules, rows in groups.items():
+        part = scores if len(rows) == len(answers) else scores[rows]
+        draws = torch.tensor([answers[row].random.random() for row in rows], dtype=torch.float64)
+        for row, token in zip(rows, draw(warped(part, *rules), draws.to(logits.device)).tolist(), strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def warped(scores: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """`scores [n, V]` over the temperature, `-inf` where top-k, top-p or min-p leave a token out."""
+    scores = scores / temperature
+    if top_k and top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = scores.sort(dim=-1, stable=True)
+        out = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        out[:, -1] = False
+        scores = scores.masked_fill(out.scatter(1, order, out), -torch.inf)
+    if min_p > 0:
+        probabilities = scores.softmax(-1)
+        scores = scores.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    return scores
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """int64 `[n]`: the token in whose part of the cumulative distribution `uniform [n]` of [0, 1) falls."""
+    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return token[:, 0].clamp(max=scores.shape[-1] - 1)
+
+
+def token_logprobs(logits: Tensor, token: int, top: int) -> TokenLogprob:
+    """Of `logits [V]`, the model's own distribution: that of `token`, and the `top` likeliest."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(top, len(logprobs)))
+    alternatives = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs[token]), alternatives)

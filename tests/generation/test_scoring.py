@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from mambalign.cli import app
 from mambalign.data.chat import encode_messages, encode_prompt
 from mambalign.data.responses import Responses, ResponseTokenizer, RewardInputs
 from mambalign.data.rows import Skip
-from mambalign.generation import best_of_n as best_module
 from mambalign.generation.best_of_n import best_of_n
-from mambalign.generation.sampling import Sampling, sample
+from mambalign.generation.engine import Engine
+from mambalign.generation.requests import Sampling
 from mambalign.generation.scoring import Scorer, score_file
 from mambalign.models import MambaForCausalLM
-from mambalign.models.checkpoint import load_model, load_tokenizer, save_model
+from mambalign.models.checkpoint import load_model, save_model
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import UserError
 from tests.train.conftest import byte_tokenizer, preferences, write_jsonl
@@ -223,27 +223,6 @@ def test_weights_that_give_no_number_are_said(models: Path, scorer: Scorer) -> N
 # --------------------------------------------------------------------------------------------------------- best of n
 
 
-def test_samples_are_generates_own_and_repeat_by_seed(models: Path) -> None:
-    """The state of the prompt, copied, gives what transformers' generate gives for n copies of the prompt."""
-    model: Any = load_model(models / "policy")
-    tokenizer = load_tokenizer(models / "policy")
-    prompt, sampling = encode_prompt(tokenizer, QUESTION), Sampling(n=4, max_new_tokens=12, temperature=1.3, top_p=0.9)
-    state = torch.get_rng_state()
-    found = sample(model, tokenizer, prompt, sampling)
-    assert torch.equal(state, torch.get_rng_state()), "the caller's randomness is its own"
-    torch.manual_seed(sampling.prompt_seed(prompt))
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), num_return_sequences=4, max_new_tokens=12, do_sample=True,
-        temperature=1.3, top_p=0.9, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    texts = tokenizer.batch_decode(out[:, len(prompt) :], skip_special_tokens=True)
-    assert [answer.text for answer in found] == texts and len(set(texts)) > 1
-    assert found == sample(model, tokenizer, prompt, sampling)
-    assert found != sample(model, tokenizer, prompt, Sampling(n=4, max_new_tokens=12, temperature=1.3, seed=7))
-    assert len(sample(model, tokenizer, prompt[:1], sampling)) == 4
-
-
 def test_the_best_has_the_highest_score_and_prompts_do_not_depend_on_their_order(models: Path, tmp_path: Path) -> None:
     policy, reward, sampling = str(models / "policy"), str(models / "reward"), Sampling(n=3, max_new_tokens=6)
     rows: list[dict[str, Any]] = [{"prompt": "why"}, {"messages": QUESTION}, {"prompt": QUESTION * 1, "id": 3}]
@@ -267,35 +246,39 @@ def test_the_best_has_the_highest_score_and_prompts_do_not_depend_on_their_order
     assert [row["candidates"] for row in read(tmp_path / "back.out.jsonl")[::-1]] == [r["candidates"] for r in found]
 
 
+def test_answers_that_would_all_be_the_same_are_refused(models: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "why"}])
+    with pytest.raises(UserError, match="must be above 0; at 0"):
+        best_of_n("p", "r", source, tmp_path / "out.jsonl", Sampling(n=2, temperature=0), device="cpu")
+
+
 def test_interrupted_best_of_n_goes_on_with_the_same_answers(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, reward, sampling = str(models / "policy"), str(models / "reward"), Sampling(n=2, max_new_tokens=5)
+    policy, reward, sampling = (
+        str(models / "policy"),
+        str(models / "reward"),
+        Sampling(n=8, max_new_tokens=5),
+    )  # two rows at a time
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": word} for word in ("red", "blue", "green")])
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     expected = best_of_n(policy, reward, source, whole, sampling, device="cpu")
     calls: Iterator[int] = iter(range(9))
-    real: Callable[..., Any] = sample
+    real = Engine.generate
 
-    def one_only(*arguments: Any) -> Any:
+    def one_only(self: Engine, requests: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(self, requests)
 
-    monkeypatch.setattr(best_module, "sample", one_only)
-    with pytest.raises(KeyboardInterrupt):
-        best_of_n(policy, reward, source, out, sampling, device="cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "generate", one_only)
+        with pytest.raises(KeyboardInterrupt):
+            best_of_n(policy, reward, source, out, sampling, device="cpu")
+    asked: list[int] = []
+    monkeypatch.setattr(Engine, "generate", lambda self, requests: asked.append(len(requests)) or real(self, requests))
     assert best_of_n(policy, reward, source, out, sampling, device="cpu") == expected
-    assert out.read_text() == whole.read_text() and next(calls) == 4  # the first was not asked again
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [(dict(n=0), "must be at least 1"), (dict(temperature=0.0), "must be above 0; at 0"), (dict(top_p=1.5), "top_p")],
-)
-def test_sampling_that_cannot_be_meant(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Sampling(**keys)
+    assert out.read_text() == whole.read_text() and sum(asked) == 1  # the others were not asked again
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -1,0 +1,488 @@
+"""One token for many sequences at once: the step of generation, written out as a short list of in-place calls.
+
+A model's forward pass spends its time at one token on modules, views and new tensors. Here everything that does not
+depend on the tokens is made once: buffers with a row a sequence, weights as the products want them, and for every
+number of rows a *program*, a list of calls with their arguments bound. A step runs through it. States lie as the step
+reads them (`[N, D]`, not the papers' `[D, N]`: the long axis innermost), and a convolution's window is a ring that all
+rows turn together, so nothing is shifted.
+
+**Rows do not depend on each other, to the last bit.** The same row can come out differently in a product of 1 row and
+in one of 8, since libraries choose another kernel, and near a buffer's end a vector loop hands over to a scalar one. So
+the decoder *measures* at the start, on this machine and these weights, with the same row everywhere: `plans` holds, for
+each number of rows, how many rows the products must have so that every row has the bits it has in the full batch. What
+cannot be had so is run with more rows. `exact=False` leaves that out, and is a little faster for few rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambalign.generation.state import LayerState
+from mambalign.models.mamba2 import GATE_FIRST, NO_NORM, NORM_FIRST
+from mambalign.recipe import UserError
+
+LOG2_E = 1.4426950408889634
+COPIED = 2**22  # elements of a weight up to which a CPU gets a transposed copy: few rows times it take half the time
+ALIGNED = 16  # elements: a row of a matrix begins at a multiple, else some kernels round every other row differently
+VECTORS = 64  # elements that the widest unrolled loop takes at once
+STEPS = ("eager", "graph")
+
+# torch.nn.functional's own, which hides their `out`; torch.ops.aten's cost three times the dispatch.
+silu: Any = torch._C._nn.silu
+log_sigmoid: Any = torch._C._nn.log_sigmoid
+
+Call = Callable[[], Any]
+
+
+class Plan(NamedTuple):
+    """rows: that a program works on. width: rows of its matrix products, at least as many."""
+
+    rows: int
+    width: int
+
+
+def select_step(step: str, device: torch.device) -> tuple[str, str]:
+    """(name, reason) of how steps run: "graph" replays a CUDA graph, "eager" makes the calls one by one.
+
+    Raises:
+        ValueError: an unknown name, or "graph" off a CUDA device.
+    """
+    if step == "auto":
+        if device.type == "cuda":
+            return "graph", "a CUDA graph for every number of rows, so that the host does not set the pace"
+        return "eager", f"a {device.type} device has no CUDA graphs"
+    if step not in STEPS:
+        raise ValueError(f"step: {step!r} must be auto, {' or '.join(STEPS)}")
+    if step == "graph" and device.type != "cuda":
+        raise ValueError(f"step: 'graph' needs a CUDA device, and this is {device.type}; choose auto")
+    return step, "asked for by name"
+
+
+class Decoder:
+    """The state of `capacity` sequences, and the step that takes each of them one token further.
+
+    `tokens` int64 `[capacity]` is written before a step, `logits` fp32 (fp64 for fp64 models) `[capacity, V]` read
+    after it. The weights are those of `model` when this was made. Rows `0 .. count - 1` take part in `step(count)`,
+    the others keep their state or are overwritten before they matter: see `load`.
+    """
+
+    def __init__(self, model: Any, capacity: int, *, exact: bool = True, step: str = "auto"):
+        weight = model.backbone.embeddings.weight
+        self.device, self.capacity, self.step_kind = weight.device, capacity, select_step(step, weight.device)
+        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._programs: dict[tuple[Plan, int, int], Any] = {}
+        self.embedding = effective_weight(model.backbone.embeddings)
+        self.head = Projection(self, model.lm_head)
+        self.norm = Norm(self, model.backbone.norm_f)
+        kind = Mamba2Step if model.config.model_type == "mamba2" else MambaStep
+        self.layers: list[Any] = [kind(self, block) for block in model.backbone.layers]
+        self.window = len(self.layers[0].taps)
+        self.phase = 0  # where the next inputs go in the rings
+        self.tokens = torch.zeros(capacity, dtype=torch.int64, device=self.device)
+        self.logits = self.matrix("logits", capacity, self.head.outputs)
+        # Columns that no layer writes: with them the length of a row is sqrt(sum of squares + H eps).
+        self.hidden = self.matrix("hidden", capacity, self.norm.size + ALIGNED)
+        self.hidden[:, self.norm.size] = self.norm.padding
+        self.plans = self._measured() if exact else {n: Plan(n, n) for n in range(1, capacity + 1)}
+        self.chunk = max(self.plans)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer that holds nothing between calls: shared by all layers, and by programs of any number of rows."""
+        key, size = (name, dtype or self.dtype), math.prod(shape)
+        if key not in self._scratch or self._scratch[key].numel() < size:
+            self._scratch[key] = torch.zeros(size, dtype=key[1], device=self.device)
+        return self._scratch[key][:size].view(shape)
+
+    def matrix(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A scratch buffer that products read or write."""
+        return self.scratch(name, rows, -(-columns // ALIGNED) * ALIGNED, dtype=dtype)[:, :columns]
+
+    def steady(self, size: int) -> bool:
+        """Whether all loops over rows of `size` elements are whole vectors.
+
+        torch computes what is left over (of a buffer, and of each thread's share of it) by another exp2, silu and
+        softplus, which differ in the last bit for one number in twenty. Its exp, tanh and log_sigmoid do not.
+        """
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 0
+        return all(size % (VECTORS * share) == 0 for share in range(1, threads + 1))
+
+    # ------------------------------------------------------------------------------------------------- the states
+
+    def load(self, row: int, state: LayerState) -> None:
+        """Put a sequence's state into a row, over everything that was there."""
+        for layer, conv, ssm in zip(self.layers, state.conv, state.ssm, strict=True):
+            for back, column in enumerate(conv.unbind(1), 1):
+                layer.ring[:, (self.phase + back) % self.window, row].copy_(column)
+            layer.state[row].copy_(layer.inner(ssm))
+
+    def read(self, row: int) -> LayerState:
+        """A copy of the state in a row."""
+        inputs = slice(self.phase + 1, self.phase + self.window)
+        conv = [layer.ring.flatten(0, 1)[inputs, row].t().contiguous() for layer in self.layers]
+        ssm = [layer.outer(layer.state[row]).clone(memory_format=torch.contiguous_format) for layer in self.layers]
+        return LayerState(tuple(c.to(self.embedding.dtype) for c in conv), tuple(ssm))
+
+    def move(self, source: int, target: int) -> None:
+        for layer in self.layers:
+            layer.ring[:, :, target].copy_(layer.ring[:, :, source])
+            layer.state[target].copy_(layer.state[source])
+
+    # ------------------------------------------------------------------------------------------------- the step
+
+    @torch.inference_mode()
+    def step(self, count: int) -> Tensor:
+        """Advance rows `0 .. count - 1` by their `tokens`; returns their logits `[count, V]`, valid until the next."""
+        for start in range(0, count, self.chunk):
+            self._run(self.plan(min(count - start, self.chunk)), start)
+        self.phase = (self.phase + 1) % self.window
+        return self.logits[:count]
+
+    def plan(self, count: int) -> Plan:
+        return self.plans[min(rows for rows in self.plans if rows >= count)]
+
+    def _run(self, plan: Plan, start: int) -> None:
+        key = plan, start, self.phase
+        run = self._programs.get(key)
+        if run is None:
+            calls = self.program(*key)
+            run = self._programs[key] = _captured(calls) if self.step_kind[0] == "graph" else partial(_call_all, calls)
+        run()
+
+    def program(self, plan: Plan, start: int, phase: int) -> list[Call]:
+        """The calls that take rows `start ...` one token further, with the rings at `phase`."""
+        rows, wide = slice(start, start + plan.rows), slice(start, start + plan.width)
+        hidden = self.hidden[wide, : self.norm.size]
+        calls: list[Call] = []
+        embedded = self.scratch("embedded", plan.width, self.norm.size, dtype=self.embedding.dtype)
+        calls.append(partial(torch.index_select, self.embedding, 0, self.tokens[wide], out=embedded))
+        calls.append(partial(hidden.copy_, embedded))
+        normed = self.matrix("normed", plan.width, self.norm.size)
+        for layer in self.layers:
+            self.norm_of(layer.norm, calls, rows, normed[: plan.rows])
+            layer.emit(calls, rows, plan, phase, normed, hidden)
+        self.norm_of(self.norm, calls, rows, normed[: plan.rows])
+        self.head.emit(calls, normed, self.logits[wide])
+        return calls
+
+    def norm_of(self, norm: Norm, calls: list[Call], rows: slice, out: Tensor) -> None:
+        length = self.scratch("length", out.shape[0], 1)
+        calls += [
+            partial(torch.linalg.vector_norm, self.hidden[rows], 2, 1, True, out=length),
+            partial(torch.div, self.hidden[rows, : self.norm.size], length, out=out),
+            partial(torch.mul, out, norm.weight, out=out),
+        ]
+
+    # --------------------------------------------------------------------------- which numbers of rows are the same
+
+    @torch.inference_mode()
+    def _measured(self) -> dict[int, Plan]:
+        """For a few numbers of rows, the narrowest products that leave the bits of every row as in the full batch.
+
+        Where not even the full batch treats all its rows alike, sequences go one by one.
+        """
+        sizes = sorted({1, 2, 4, *range(8, self.capacity, 8), self.capacity} & set(range(1, self.capacity + 1)))
+        sizes = [n for n in sizes if n < 8 or n & (n - 1) == 0 or n == self.capacity]
+        expected = self._trial(Plan(self.capacity, self.capacity))
+        found = {self.capacity: Plan(self.capacity, self.capacity)}
+        if expected is None:
+            found = {1: Plan(1, 1)}
+        else:
+            for rows in sizes[:-1]:
+                for width in (n for n in sizes if n >= rows):
+                    outcome = self._trial(Plan(rows, width))
+                    if outcome is not None and all(map(torch.equal, outcome, expected)):
+                        found[rows] = Plan(rows, width)
+                        break
+        for layer in self.layers:
+            layer.ring.zero_()
+            layer.state.zero_()
+        return found
+
+    def _trial(self, plan: Plan) -> list[Tensor] | None:
+        """Logits and states of one row after a step with the same row everywhere; None if the rows part."""
+        generator = torch.Generator().manual_seed(0)
+        for layer in self.layers:
+            for buffer in (layer.ring[0].transpose(0, 1), layer.state):
+                buffer.copy_(torch.randn(buffer.shape[1:], generator=generator, dtype=self.dtype).expand(buffer.shape))
+            layer.ring[1].copy_(layer.ring[0])
+        self.tokens.fill_(1 % self.embedding.shape[0])
+        _call_all(self.program(plan, 0, 0))
+        outcome = [self.logits[: plan.rows], *(layer.state[: plan.rows] for layer in self.layers)]
+        if any(not torch.equal(x, x[:1].expand_as(x)) for x in outcome):
+            return None
+        return [x[0].clone() for x in outcome]
+
+
+def _call_all(calls: list[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _captured(calls: list[Call]) -> Call:
+    """The replay of a CUDA graph of `calls`; capturing runs nothing, so no state is touched by it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _call_all(calls)
+    return graph.replay
+
+
+# ---------------------------------------------------------------------------------------------------------- parts
+
+
+def effective_weight(module: Any) -> Tensor:
+    """The weight that does what `module` does, adapters on it included.
+
+    Raises:
+        UserError: a quantised module.
+    """
+    if hasattr(module, "base_layer"):
+        from mambalign.models.lora import merged_weight  # PEFT takes seconds to import
+
+        base = module.get_base_layer().weight
+        return merged_weight(module).to(base.dtype if base.is_floating_point() else torch.float32)
+    weight: Tensor = module.weight.detach()
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise UserError("the engine wants plain weights, and these are quantised; load the model without load_in_4bit")
+    return weight
+
+
+class Projection:
+    """`x @ W^T + bias` into a given buffer, or added to it; in W's dtype, whatever that of the buffers."""
+
+    def __init__(self, decoder: Decoder, module: Any, sign: int = 1):
+        self.decoder = decoder
+        weight = effective_weight(module) if sign > 0 else -effective_weight(module)
+        self.outputs, self.inputs = weight.shape
+        self.weight = weight.t()
+        if weight.device.type == "cpu" and weight.numel() <= COPIED:
+            self.weight = weight.new_zeros(self.inputs, -(-self.outputs // ALIGNED) * ALIGNED)[:, : self.outputs]
+            self.weight.copy_(weight.t())
+        bias = module.bias
+        self.bias = None if bias is None else sign * bias.detach().to(decoder.dtype)
+
+    def emit(self, calls: list[Call], x: Tensor, out: Tensor, add: bool = False) -> None:
+        if self.weight.dtype == self.decoder.dtype:
+            product = partial(torch.addmm, out) if add else partial(torch.mm)
+            calls.append(partial(product, x, self.weight, out=out))
+        else:
+            dtype = self.weight.dtype
+            narrow = self.decoder.matrix("narrow in", x.shape[0], self.inputs, dtype)
+            result = self.decoder.matrix("narrow out", x.shape[0], self.outputs, dtype)
+            calls += [partial(narrow.copy_, x), partial(torch.mm, narrow, self.weight, out=result)]
+            calls.append(partial(out.add_, result) if add else partial(out.copy_, result))
+        if self.bias is not None:
+            calls.append(partial(out.add_, self.bias))
+
+
+class Norm:
+    """Of an RMS norm: `weight * sqrt(H)` and `sqrt(H eps)`, for a row divided by its length (see `Decoder.hidden`)."""
+
+    def __init__(self, decoder: Decoder, module: Any):
+        self.size = module.weight.shape[0]
+        self.weight = module.weight.detach().to(decoder.dtype) * self.size**0.5
+        self.padding = (self.size * module.variance_epsilon) ** 0.5
+
+
+class Step:
+    """What the layers of all families share.
+
+    ring: `[2, W, rows, channels]`, the last W inputs, each at its place modulo W and written twice: so from any place
+    on, the next W of the 2 W lie in their order, and are summed in it wherever the ring stands.
+    """
+
+    def __init__(self, decoder: Decoder, block: Any):
+        mixer = self.mixer = block.mixer
+        self.decoder, self.norm = decoder, Norm(decoder, block.norm)
+        self.in_proj, self.out_proj = Projection(decoder, mixer.in_proj), Projection(decoder, mixer.out_proj)
+        self.taps = mixer.conv1d.weight.detach().squeeze(1).to(decoder.dtype).t()[:, None].contiguous()
+        window, channels = len(self.taps), mixer.conv1d.weight.shape[0]
+        self.ring = decoder.zeros(2, window, decoder.capacity, channels)
+        # The last place of the sum is the bias, written once.
+        self.products = decoder.zeros(window + 1, decoder.capacity, channels)
+        if mixer.conv1d.bias is not None:
+            self.products[-1] = mixer.conv1d.bias.detach()
+        self.act = None if mixer.activation in ("silu", "swish") else mixer.act
+
+    def convolve(self, calls: list[Call], x: Tensor, rows: slice, phase: int, out: Tensor) -> None:
+        """Push `x [rows, channels]` into the ring and write the activated convolution."""
+        window = len(self.taps)
+        inputs = self.ring.flatten(0, 1)[phase + 1 : phase + 1 + window, rows]
+        products = self.products[:, rows]
+        calls += [
+            partial(self.ring[:, phase, rows].copy_, x),
+            partial(torch.mul, inputs, self.taps, out=products[:-1]),
+            partial(torch.sum, products, 0, out=out),
+        ]
+        self.activate(calls, out)
+
+    def activate(self, calls: list[Call], x: Tensor) -> None:
+        act = self.act
+        if act is None:
+            self.gate(calls, x, x)
+        else:
+            calls.append(lambda: x.copy_(act(x)))
+
+    def gate(self, calls: list[Call], x: Tensor, out: Tensor) -> None:
+        if self.decoder.steady(x.shape[1]):
+            calls.append(partial(silu, x, out=out))
+            return
+        below = self.decoder.scratch("silu", *x.shape)
+        calls += [
+            partial(torch.mul, x, -1, out=below),
+            below.exp_,
+            partial(below.add_, 1),
+            partial(torch.div, x, below, out=out),
+        ]
+
+
+class MambaStep(Step):
+    """Mamba-1's and Falcon-Mamba's; state `[rows, N, D]`."""
+
+    def __init__(self, decoder: Decoder, block: Any):
+        super().__init__(decoder, block)
+        mixer = self.mixer
+        # Step sizes are kept negated: softplus(x) is -log_sigmoid(-x).
+        self.x_proj, self.dt_proj = Projection(decoder, mixer.x_proj), Projection(decoder, mixer.dt_proj, sign=-1)
+        if self.dt_proj.bias is None:
+            self.dt_proj.bias = decoder.zeros(mixer.intermediate_size)
+        self.A = torch.exp(mixer.A_log.detach()).t().to(decoder.dtype).contiguous()
+        self.binary = decoder.steady(self.A.numel())
+        if self.binary:
+            self.A *= LOG2_E  # for exp2, which costs half of exp
+        self.D = mixer.D.detach().to(decoder.dtype)
+        self.state = decoder.zeros(decoder.capacity, *self.A.shape)
+        self.eps = getattr(mixer, "rms_eps", None)
+
+    def inner(self, state: Tensor) -> Tensor:
+        return state.t()
+
+    outer = inner
+
+    def emit(self, calls: list[Call], rows: slice, plan: Plan, phase: int, x: Tensor, out: Tensor) -> None:
+        n, (N, D), scratch, matrix = plan.rows, self.A.shape, self.decoder.scratch, self.decoder.matrix
+        xz, u, y = (matrix(name, plan.width, size) for name, size in (("xz", 2 * D), ("u", D), ("y", D)))
+        low, dt = matrix("low", plan.width, self.x_proj.outputs), matrix("dt", plan.width, D)
+        rank = self.dt_proj.inputs
+        self.in_proj.emit(calls, x, xz)
+        self.convolve(calls, xz[:n, :D], rows, phase, u[:n])
+        self.x_proj.emit(calls, u, low)
+        B, C = low[:n, rank : rank + N], low[:n, rank + N :]
+        if self.eps is not None:
+            for part in (low[:n, :rank], B, C):
+                calls.append(partial(_normalise, part, self.eps))
+        self.dt_proj.emit(calls, low[:, :rank], dt)
+        mixed, dt, u, y, z, state = y, dt[:n], u[:n], y[:n], xz[:n, D:], self.state[rows]
+        decay, gate = scratch("decay", n, N, D), scratch("gate", n, D)
+        calls += [
+            partial(log_sigmoid, dt, out=dt),
+            partial(torch.mul, dt[:, None], self.A, out=decay),
+            decay.exp2_ if self.binary else decay.exp_,
+            partial(state.mul_, decay),
+            partial(dt.mul_, u),
+            partial(state.addcmul_, B[:, :, None], dt[:, None], value=-1),
+            partial(torch.bmm, C[:, None], state, out=y[:, None]),
+            partial(y.addcmul_, u, self.D),
+        ]
+        self.gate(calls, z, gate)
+        calls.append(partial(y.mul_, gate))
+        self.out_proj.emit(calls, mixed, out, add=True)
+
+
+def _normalise(x: Tensor, eps: float) -> None:
+    """Falcon-Mamba's norm without a weight (arXiv 2410.05355, section 3.1), in place."""
+    x.mul_(x.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
+
+
+class Mamba2Step(Step):
+    """Mamba-2's: G groups of R heads of P channels; state `[rows, G, N, R * P]`."""
+
+    def __init__(self, decoder: Decoder, block: Any):
+        super().__init__(decoder, block)
+        mixer = self.mixer
+        self.heads, self.groups, self.N = mixer.num_heads, mixer.n_groups, mixer.ssm_state_size
+        self.width = mixer.intermediate_size
+        self.R, self.P = self.heads // self.groups, self.width // self.heads
+        dtype = decoder.dtype
+        self.A = torch.exp(mixer.A_log.detach()).to(dtype)
+        self.D = mixer.D.detach().to(dtype).repeat_interleave(self.P)
+        # Step sizes are kept negated: softplus(x) is -log_sigmoid(-x).
+        self.bias = -mixer.dt_bias.detach().to(dtype)
+        lowest, highest = map(float, mixer.time_step_limit)
+        self.limits = None if (lowest, highest) == (0.0, math.inf) else (-highest, -lowest)
+        self.kind = NO_NORM if mixer.norm is None else NORM_FIRST if mixer.norm.norm_before_gate else GATE_FIRST
+        if mixer.norm is not None:
+            self.group_size = mixer.norm.group_size
+            self.weight = mixer.norm.weight.detach().to(dtype) * self.group_size**0.5
+            self.padding = self.group_size * mixer.norm.variance_epsilon
+        self.state = decoder.zeros(decoder.capacity, self.groups, self.N, self.R * self.P)
+
+    def inner(self, state: Tensor) -> Tensor:
+        """`[H, P, N]` -> `[G, N, R * P]`."""
+        return state.unflatten(0, (self.groups, self.R)).permute(0, 3, 1, 2).flatten(2)
+
+    def outer(self, state: Tensor) -> Tensor:
+        return state.unflatten(2, (self.R, self.P)).permute(0, 2, 3, 1).flatten(0, 1)
+
+    def emit(self, calls: list[Call], rows: slice, plan: Plan, phase: int, x: Tensor, out: Tensor) -> None:
+        n, scratch, matrix = plan.rows, self.decoder.scratch, self.decoder.matrix
+        G, N, R, P = self.groups, self.N, self.R, self.P
+        projected, mixed = (
+            matrix("projected", plan.width, self.in_proj.outputs),
+            matrix("mixed", plan.width, self.width),
+        )
+        z, xBC, step = projected[:n].split([self.width, self.width + 2 * G * N, self.heads], dim=1)
+        self.in_proj.emit(calls, x, projected)
+        convolved = scratch("convolved", n, xBC.shape[1])
+        self.convolve(calls, xBC, rows, phase, convolved)
+        u, B, C = convolved.split([self.width, G * N, G * N], dim=1)
+        dt, decay, du = scratch("dt", n, self.heads), scratch("decay", n, self.heads), scratch("du", n, G, R, P)
+        packed, y, gate = scratch("C", n, G * N), scratch("y", n, self.width), scratch("gate", n, self.width)
+        state = self.state[rows]
+        by_head = state.unflatten(3, (R, P))
+        calls += [
+            partial(torch.sub, self.bias, step, out=dt),
+            partial(log_sigmoid, dt, out=dt),
+        ]
+        if self.limits is not None:
+            calls.append(partial(dt.clamp_, *self.limits))
+        calls += [
+            partial(torch.mul, dt, self.A, out=decay),
+            decay.exp_,
+            partial(by_head.mul_, decay.view(n, G, 1, R, 1)),
+            partial(torch.mul, u.unflatten(1, (G, R, P)), dt.view(n, G, R, 1), out=du),
+            partial(state.addcmul_, B.unflatten(1, (G, N))[..., None], du.view(n, G, 1, R * P), value=-1),
+            partial(packed.copy_, C),
+            partial(torch.bmm, packed.view(n * G, 1, N), state.flatten(0, 1), out=y.view(n * G, 1, R * P)),
+            partial(y.addcmul_, u, self.D),
+        ]
+        self.gate(calls, z, gate)
+        if self.kind == GATE_FIRST:
+            calls.append(partial(y.mul_, gate))
+        if self.kind != NO_NORM:
+            self._norm(calls, y)
+        calls.append(
+            partial(mixed[:n].copy_, y) if self.kind == GATE_FIRST else partial(torch.mul, y, gate, out=mixed[:n])
+        )
+        self.out_proj.emit(calls, mixed, out, add=True)
+
+    def _norm(self, calls: list[Call], y: Tensor) -> None:
+        grouped = y.unflatten(1, (-1, self.group_size))
+        length = self.decoder.scratch("group length", *grouped.shape[:2], 1)
+        calls += [
+            partial(torch.linalg.vector_norm, grouped, 2, 2, True, out=length),
+            length.square_,
+            partial(length.add_, self.padding),
+            length.sqrt_,
+            partial(grouped.div_, length),
+            partial(y.mul_, self.weight),
+        ]
