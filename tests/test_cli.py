@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mambalign
 from mambalign.cli import app
 
-VERBS = ["cpt", "sft", "dpo", "reward", "score", "best-of-n", "check", "plot", "convert", "merge", "doctor", "demo"]
+VERBS = "cpt sft dpo reward score best-of-n check plot convert merge chat serve doctor demo".split()
 
 
 def run(*words: str) -> Any:

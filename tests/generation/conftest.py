@@ -1,14 +1,21 @@
-"""Small random models whose answers wander: no parameter at its initial value."""
+"""Small random models whose answers wander: no parameter at its initial value; and a server."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 import mambalign.models.mamba2  # noqa: F401  (adds its family)
+from mambalign.models import Mamba2ForCausalLM, MambaForCausalLM
+from mambalign.models.checkpoint import save_model
 from mambalign.models.mamba import FAMILIES
+from tests.generation.serving import FakeEngine, Live, running
+from tests.train.conftest import byte_tokenizer
 
 V = 264
 
@@ -28,3 +35,28 @@ def pair(family: str, seed: int = 0, **changes: Any) -> tuple[Any, Any]:
     ours = FAMILIES[family](config).eval()
     ours.load_state_dict(plain.state_dict())
     return plain, ours
+
+
+@pytest.fixture
+def live() -> Iterator[Live]:
+    """A server around a `FakeEngine`."""
+    with running(FakeEngine()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder to serve."""
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    save_model(model, folder, tokenizer=byte_tokenizer())
+    return folder
+
+
+__all__ = ["FAMILIES", "Mamba2ForCausalLM", "MambaForCausalLM", "V", "pair"]
