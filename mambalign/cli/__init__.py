@@ -12,7 +12,7 @@ from mambalign.cli.app import app
 
 __all__ = ["app", "main"]
 
-for _module in ("first", "training", "models"):  # each adds its verbs to `app`; --help shows them in this order
+for _module in ("first", "training", "models", "evaluation"):  # each adds its verbs to `app`; --help shows them in this order
     import_module(f"mambalign.cli.{_module}")
 
 
