@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import glob
-import json
 import logging
 import math
 import re

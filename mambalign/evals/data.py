@@ -24,9 +24,7 @@ ALPACA_CODE = (
     "https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/cd543a149df89434d8a54582c0151c0b945c3d20"
     "/src/alpaca_eval/evaluators_configs"
 )
-ALPACA_HUB = (
-    "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/2edc6fad8be6b14ea7230aabfd08188da6b8b814"
-)
+ALPACA_HUB = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/2edc6fad8be6b14ea7230aabfd08188da6b8b814"
 _CHUNK = 1 << 20
 
 
