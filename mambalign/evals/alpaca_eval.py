@@ -108,8 +108,8 @@ class Comparison:
         *,
         annotator: str | None = None,
     ) -> dict[str, Any]:
-        """The row of annotations.json, alpaca_eval's keys in its order. `annotator`: its name, where the judge is another
-        than the annotator's own. `preference` is of reference and model, the switch undone (`unswitch`)."""
+        """The row of annotations.json, alpaca_eval's keys in its order. `annotator`: its name, where the judge is not the
+        annotator's own. `preference` is of reference and model, the switch undone (`unswitch`)."""
         return {
             "instruction": self.output.instruction,
             "output_1": self.reference.output,
@@ -155,7 +155,7 @@ def load_annotations(path: Path) -> list[dict[str, Any]]:
     """Rows of annotations.json, of old and new versions, also gzipped, under one set of names.
 
     `preference` is a float in [1, 2] (1.5: a tie, also where the file has 0) or None where there is none (null, NaN, -1
-    and whatever else is no preference). Newer versions' `preference_raw_completion` becomes `raw_completion`, and so on.
+    and whatever else is no preference). Newer versions' `preference_raw_completion` becomes `raw_completion`, etc.
 
     Raises:
         UserError: naming file and line of a row without instruction, or a file without rows.

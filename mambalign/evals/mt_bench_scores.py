@@ -1,4 +1,4 @@
-"""MT-Bench's numbers: judgment files read, averaged as FastChat's `show_result` does, with what that hides beside them."""
+"""MT-Bench's numbers: judgment files, averaged as FastChat's `show_result` does, with what that hides beside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mambalign.data.json_rows import json_rows
 from mambalign.evals.mt_bench import CATEGORIES, UNPARSED, Question, parse_rating
-from mambalign.evals.statistics import Estimate, bootstrap_interval, clustered_mean, student_t_sf
+from mambalign.evals.statistics import Estimate, bootstrap_interval, clustered_mean
 from mambalign.recipe import UserError
 
 Duplicates = Literal["all", "first", "last"]
@@ -71,8 +71,8 @@ class PairJudgment:
 
 
 def load_judgments(path: Path) -> list[Judgment]:
-    """Rows of `<judge>_single.jsonl`, plain or gzipped. A missing score is read again from the judgment; a score that is
-    null or no number is -1; a missing turn is the prompt's.
+    """Rows of `<judge>_single.jsonl`, plain or gzipped. A missing score is read again from the judgment; one that is null
+    or no number is -1; a missing turn is the prompt's.
 
     Raises:
         UserError: naming file, line and key.
@@ -277,8 +277,8 @@ def question_scores(judgments: Sequence[Judgment]) -> dict[int, list[float]]:
 def pair_table(judgments: Iterable[PairJudgment], baseline: str | None = None) -> list[dict[str, Any]]:
     """A row a judge and model, best win_rate_adjusted first: FastChat's pairwise show_result.
 
-    Matches in which a game has no verdict are left out; only those against `baseline` count if there is one, and it has
-    no row. win_rate = w / n, loss_rate = l / n, win_rate_adjusted = (w + t / 2) / n with n = w + l + t.
+    Matches in which a game has no verdict are left out; only those against `baseline` count if there is one, and it
+    has no row. win_rate = w / n, loss_rate = l / n, win_rate_adjusted = (w + t / 2) / n with n = w + l + t.
     """
     counts: dict[tuple[str, str], Counter[str]] = {}
     for judgment in judgments:
@@ -320,7 +320,8 @@ def pair_summary(
     categories: dict[str, list[PairJudgment]] = {}
     for judgment in judgments:
         categories.setdefault(category_of(judgment.question_id, by_id), []).append(judgment)
-    errors, missing = len(judgments) - len(known), len(expected - keys)
+    answered = {(j.judge, frozenset(j.models), j.question_id, j.turn) for j in known}
+    errors, missing = len(keys - answered), len(expected - keys)
     return {
         "benchmark": "MT-Bench, pairwise",
         "baseline": baseline,
@@ -339,13 +340,19 @@ def pair_summary(
 
 
 def sign_test(first: int, second: int) -> float | None:
-    """Two-sided p of so uneven a split of first + second fair coins (exact to 1000, then Student's approximation)."""
+    """Two-sided exact p of so uneven a split of first + second fair coins; None of no coins.
+
+    >>> sign_test(5, 0)
+    0.0625
+    """
     n, most = first + second, max(first, second)
     if not n:
         return None
-    if n <= 1000:
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(most, n + 1)) / 2**n)
-    return 2 * student_t_sf((2 * most - n - 1) / math.sqrt(n), n)
+    ways = tail = math.comb(n, most)
+    for k in range(most, n):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**n)
 
 
 def votes(judgments: Iterable[PairJudgment]) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def bootstrap_interval(
     """Interval of the mean from resampled clusters: bias-corrected and accelerated (Efron, JASA 1987), or percentile.
 
     Whole clusters are drawn with replacement; a resample's mean is that of all its values. BCa's acceleration is the
-    jackknife's over clusters. Of fewer than two clusters, or values without spread, both ends are the mean (nan of none).
+    jackknife's over clusters. Of one cluster, or values without spread, both ends are the mean (nan of none).
     """
     sums, counts = _cluster_sums(values, clusters)
     groups = len(counts)
@@ -121,7 +121,7 @@ def paired_test(
 
     Of every cluster that both have, the mean of b's values less that of a's. The t-test is Student's paired one, with
     G - 1 degrees of freedom. The permutation test flips the differences' signs (Fisher 1935): all 2^G ways up to 14
-    clusters, else `flips` seeded ones, with p = (1 + extreme) / (1 + flips) (Phipson and Smyth 2010). Both are two-sided.
+    clusters, else `flips` seeded ones, with p = (1 + extreme) / (1 + flips) (Phipson, Smyth 2010). Two-sided, both.
     """
     both = [key for key in a if key in b]
     differences = np.array([np.mean(b[key]) - np.mean(a[key]) for key in both], dtype=np.float64)
@@ -195,8 +195,8 @@ def vote_agreement(a: Sequence[Vote], b: Sequence[Vote], *, turn: int, ties: boo
     """(agreeing, compared) pairs of votes of two judges on the same question, models and turn: FastChat's
     `compute_agreement`.
 
-    A vote is `{"question_id", "model_a", "model_b", "winner", "turn"}` with winner "model_a", "model_b" or one that says
-    tie ("tie (inconsistent)" too). Which model is called a does not matter. Every vote of `a` meets every vote of `b`.
+    A vote is `{"question_id", "model_a", "model_b", "winner", "turn"}` with winner "model_a", "model_b" or one that
+    says tie ("tie (inconsistent)" too). Which model is called a does not matter. Every vote of `a` meets every vote of `b`.
     `ties=False` leaves out pairs in which either is a tie.
     """
     theirs: dict[Hashable, list[str]] = {}
