@@ -8,7 +8,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from mambalign.recipe import UserError
 
@@ -41,7 +41,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _open(path: Path) -> IO[bytes]:
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if compressed else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if compressed else path.open("rb")
 
 
 def _decode(path: Path, raw: bytes, line: int) -> Any:

@@ -108,8 +108,8 @@ class Comparison:
         *,
         annotator: str | None = None,
     ) -> dict[str, Any]:
-        """The row of annotations.json, alpaca_eval's keys in its order. `annotator`: its name, where the judge is not the
-        annotator's own. `preference` is of reference and model, the switch undone (`unswitch`)."""
+        """The row of annotations.json, alpaca_eval's keys in its order. `annotator`: its name, where the judge is not
+        the annotator's own. `preference` is of reference and model, the switch undone (`unswitch`)."""
         return {
             "instruction": self.output.instruction,
             "output_1": self.reference.output,

@@ -299,7 +299,7 @@ def answer_alpaca(
                     "beyond_trained_length": bool(trained_length and tokens and tokens > trained_length),
                 }
                 journal.write([row])
-                held[row["instruction"]] = row
+                held[instructions[place].instruction] = row
                 bar.update(1)
 
             left = [i for i, each in enumerate(instructions) if each.instruction not in held]

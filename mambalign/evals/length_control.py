@@ -1,4 +1,4 @@
-"""AlpacaEval 2's length-controlled win rate (arXiv 2404.04475): how often the model would win at the reference's length.
+"""AlpacaEval 2's length-controlled win rate (arXiv 2404.04475): the wins there would be at equal length.
 
 logit P(model wins | i) = a tanh(delta_i / sd(delta)) + b gamma_i + c, with delta the reference's characters less the
 model's and gamma the instruction's difficulty, which is fixed. The win rate is 100 mean(sigmoid(b gamma_i + c)). The

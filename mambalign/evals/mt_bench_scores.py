@@ -71,8 +71,8 @@ class PairJudgment:
 
 
 def load_judgments(path: Path) -> list[Judgment]:
-    """Rows of `<judge>_single.jsonl`, plain or gzipped. A missing score is read again from the judgment; one that is null
-    or no number is -1; a missing turn is the prompt's.
+    """Rows of `<judge>_single.jsonl`, plain or gzipped. A missing score is read from the judgment; one that is null or
+    no number is -1; a missing turn is the prompt's.
 
     Raises:
         UserError: naming file, line and key.
@@ -101,13 +101,13 @@ def load_pair_judgments(path: Path) -> list[PairJudgment]:
         if "model_1" not in row or "model_2" not in row:
             hint = "; these are judgments of single answers" if "model" in row else ""
             raise UserError(f"{where}: no keys model_1 and model_2, so this is no pairwise judgment{hint}")
-        winners = [row.get(key, row.get("winner")) or FAILED_VERDICT for key in ("g1_winner", "g2_winner")]
-        unknown = [winner for winner in winners if winner not in WINNERS]
+        g1, g2 = (row.get(key, row.get("winner")) or FAILED_VERDICT for key in ("g1_winner", "g2_winner"))
+        unknown = [winner for winner in (g1, g2) if winner not in WINNERS]
         if unknown:
             raise UserError(f"{where}: winner {unknown[0]!r} is none of {', '.join(WINNERS)}")
         judge, prompt = _judge(row)
         models = (str(row["model_1"]), str(row["model_2"]))
-        judgments.append(PairJudgment(_id(row, where), models, judge, prompt, _turn(row, prompt, where), *winners, row))
+        judgments.append(PairJudgment(_id(row, where), models, judge, prompt, _turn(row, prompt, where), g1, g2, row))
     if not judgments:
         raise UserError(f"{path}: there are no judgments")
     return judgments
@@ -253,7 +253,7 @@ def estimate(judgments: Sequence[Judgment]) -> Estimate:
 
 
 def error_bars(judgments: Sequence[Judgment]) -> dict[str, Any]:
-    """`standard_error` and 95 % `interval` of the mean, clustered by question; None where two questions are too many."""
+    """`standard_error` and 95 % `interval` of the mean, clustered by question; None of one question."""
     of = estimate(judgments)
     if of.n_clusters < 2:
         return {"standard_error": None, "interval": None}

@@ -196,8 +196,8 @@ def vote_agreement(a: Sequence[Vote], b: Sequence[Vote], *, turn: int, ties: boo
     `compute_agreement`.
 
     A vote is `{"question_id", "model_a", "model_b", "winner", "turn"}` with winner "model_a", "model_b" or one that
-    says tie ("tie (inconsistent)" too). Which model is called a does not matter. Every vote of `a` meets every vote of `b`.
-    `ties=False` leaves out pairs in which either is a tie.
+    says tie ("tie (inconsistent)" too). Which model is called a does not matter. Every vote of `a` meets every one
+    of `b`. `ties=False` leaves out pairs in which either is a tie.
     """
     theirs: dict[Hashable, list[str]] = {}
     for vote in b:
@@ -324,4 +324,5 @@ def _cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) 
     index: dict[Hashable, int] = {}
     which = np.array([index.setdefault(cluster, len(index)) for cluster in clusters], dtype=np.intp)
     size = len(index)
-    return np.bincount(which, numbers, size), np.bincount(which, minlength=size).astype(np.float64)
+    counts = np.bincount(which, minlength=size).astype(np.float64)
+    return np.bincount(which, numbers, size).astype(np.float64), counts
