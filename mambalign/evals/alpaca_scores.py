@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mambalign.evals.alpaca_eval import N_INSTRUCTIONS, avg_length, metrics
+from mambalign.evals.alpaca_eval import N_INSTRUCTIONS, Output, avg_length, metrics
 from mambalign.evals.length_control import Gamed, difficulties, length_controlled
 from mambalign.evals.statistics import bootstrap_interval
 from mambalign.recipe import UserError
@@ -19,14 +19,16 @@ def summarize(
     instructions: Sequence[str] | None = None,
     gamed: Gamed | None = None,
     *,
+    outputs: Sequence[Output] | None = None,
     positional: bool = False,
 ) -> dict[str, Any]:
     """The seven metrics of rows as `load_annotations` reads them, all of one model, with what belongs beside them.
 
-    avg_length is over all `instructions` (without them, 805 where the file has more than 700 rows, else its rows).
-    if_unparsed_lost and _won: the win rate if every verdict that could not be read had been that. interval: of
-    the win rate, 95 %, BCa bootstrap over instructions. datasets: win rate and number by subset. n_missing: instructions
-    without a row; `final` is whether none is. gamed: adds the length-controlled win rate (see `length_control`).
+    avg_length is of `outputs` (all the model's; else those in the rows) over all `instructions` (without them, 805 if the
+    file has more than 700 rows, else its rows). if_unparsed_lost and _won: the win rate if every verdict that could
+    not be read had been that. interval: of the win rate, 95 %, BCa bootstrap over instructions. datasets: win rate and
+    number by subset. n_missing: instructions without a row; `final` is whether none is. gamed: adds the
+    length-controlled win rate (see `length_control`).
 
     Raises:
         UserError: rows of two models, references or annotators, an instruction twice, or one that is not asked.
@@ -54,7 +56,7 @@ def summarize(
         "judge": about["annotator"],
         **{key: None if isinstance(value, float) and math.isnan(value) else value for key, value in numbers.items()},
         "interval": [100 * end for end in bootstrap_interval(x)] if len(x) > 1 else None,
-        "avg_length": avg_length(own, n),
+        "avg_length": avg_length(own if outputs is None else [each.output for each in outputs], n),
         "reference_length": avg_length(reference, n),
         "n_unparsed": unread,
         "if_unparsed_lost": low,

@@ -54,7 +54,9 @@ class Model(Protocol):
     """Who answers. identity: all of it that decides the answers; a resumed command compares it."""
 
     name: str
-    identity: Mapping[str, Any]
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
     def run(self, asks: Mapping[int, Ask], done: Done) -> None:
         """Answer all, in any order; `done(key, said)` may return what is asked next under the same key."""
