@@ -24,7 +24,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The seven metrics of rows as `load_annotations` reads them, all of one model, with what belongs beside them.
 
-    avg_length is of `outputs` (all the model's; else those in the rows) over all `instructions` (without them, 805 if the
+    avg_length is of `outputs` (the model's; else of the rows) over all `instructions` (without them, 805 if the
     file has more than 700 rows, else its rows). if_unparsed_lost and _won: the win rate if every verdict that could
     not be read had been that. interval: of the win rate, 95 %, BCa bootstrap over instructions. datasets: win rate and
     number by subset. n_missing: instructions without a row; `final` is whether none is. gamed: adds the
