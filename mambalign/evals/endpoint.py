@@ -1,7 +1,7 @@
 """One OpenAI-compatible endpoint and model: a call, and what went wrong with it.
 
-Everything that can happen to a call is one of four: a `Reply`; `Again`, worth another try; `Refused`, no verdict for this
-call; or a UserError, which every other call would meet too.
+Everything that can happen to a call is one of four: a `Reply`; `Again`, worth another try; `Refused`, no verdict for
+this call; or a UserError, which every other call would meet too.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ class Reply:
         """The answer without thoughts that a server left in it; empty where there is none."""
         content: str = self.choice["message"]["content"] or ""
         thought, end, answer = content.partition("</think>")
-        if end and thought.count("<think>") <= 1 and (thought.lstrip().startswith("<think>") or "<think>" not in thought):
+        if (
+            end
+            and thought.count("<think>") <= 1
+            and (thought.lstrip().startswith("<think>") or "<think>" not in thought)
+        ):
             return answer
         return "" if content.lstrip().startswith("<think>") else content
 
@@ -225,8 +229,15 @@ class Endpoint:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not (isinstance(choices, list) and choices and _is_choice(choices[0])):
             raise Again(f"the reply is no chat completion: {self._clean(str(answer)[:80])!r}", billed=True)
-        named = (_text(answer.get(name)) for name in ("model", "system_fingerprint"))
-        reply = Reply(choices[0], _usage(answer), *named, round(seconds, 3), time.time(), _reasoning_tokens(answer))
+        reply = Reply(
+            choices[0],
+            _usage(answer),
+            model=_text(answer.get("model")),
+            system_fingerprint=_text(answer.get("system_fingerprint")),
+            seconds=round(seconds, 3),
+            time=time.time(),
+            reasoning_tokens=_reasoning_tokens(answer),
+        )
         refusal = reply.choice["message"].get("refusal")
         if reply.finish_reason == "content_filter" or refusal:
             raise Refused(f"refused: {self._clean(str(refusal or 'its content filter stopped it'))[:200]}", reply.usage)
@@ -331,8 +342,12 @@ def _is_choice(choice: Any) -> bool:
 
 def _usage(answer: dict[str, Any]) -> tuple[int, int] | None:
     usage = answer.get("usage")
-    counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    return (counts[0], counts[1]) if len(counts) == 2 and all(isinstance(n, int) and n >= 0 for n in counts) else None
+    if not isinstance(usage, dict):
+        return None
+    tokens_in, tokens_out = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not (isinstance(tokens_in, int) and isinstance(tokens_out, int) and min(tokens_in, tokens_out) >= 0):
+        return None
+    return tokens_in, tokens_out
 
 
 def _reasoning_tokens(answer: dict[str, Any]) -> int:

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 NO_USAGE_OUT = 16384  # tokens that an answer without a bound may have, for the worst case
 
 
+class NoLogprobs(UserError):
+    """Calls need them and the judge has none."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What is asked, in the benchmarks' words; the endpoint's abilities turn it into a request.
@@ -195,7 +199,7 @@ class Judge:
         able = await self.prepare()
         for call in calls:
             if call.top_logprobs and not able.logprobs:
-                raise UserError(f"the judge {self.endpoint.name} gives no log-probabilities, which these calls are for")
+                raise NoLogprobs(f"the judge {self.endpoint.name} gives no log-probabilities")
         requests = [self.request(call, able) for call in calls]
         todo = {
             key: (call, params, messages)
@@ -228,7 +232,7 @@ class _Run:
         self.failed: dict[str, str] = {}
         self.stopped: str | None = None
         self.asked = 0
-        self._fatal: UserError | None = None
+        self._fatal: Exception | None = None
         self._stop = asyncio.Event()
         self._freed = asyncio.Event()  # set and replaced whenever a call is over
         self._under_way = 0
@@ -251,7 +255,7 @@ class _Run:
             key, (call, params, messages) = self.queue.popleft()
             try:
                 reason = await self._verdict(key, call, params, messages)
-            except UserError as error:
+            except (UserError, OSError) as error:  # OSError: the store's disk is full
                 self._fatal = error
                 self._end(str(error))
                 return
@@ -387,7 +391,9 @@ def _progress(description: str, total: int, done: int, run: _Run) -> Iterator[Ca
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     terminal = sys.stderr.isatty()
-    with Progress(*columns, TextColumn("{task.fields[told]}"), console=Console(stderr=True), disable=not terminal) as bar:
+    with Progress(
+        *columns, TextColumn("{task.fields[told]}"), console=Console(stderr=True), disable=not terminal
+    ) as bar:
         task = bar.add_task(description, total=total, completed=done, told=told())
 
         def advance() -> None:

@@ -127,4 +127,4 @@ async def probe(call: Callable[[dict[str, Any], Messages], Awaitable[Reply]], re
 def _without(feature: str, able: Abilities) -> Abilities:
     if feature == "max_tokens":
         return replace(able, limit="max_completion_tokens" if able.limit == "max_tokens" else None)
-    return replace(able, **{feature: False})
+    return Abilities(**asdict(able) | {feature: False})

@@ -17,15 +17,15 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 MODEL = "rule-based-not-a-language-model"
 REFUSALS = {  # what `refuse` may name, and the words in which OpenAI's models refuse it
-    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
-    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only 1 is supported.",
+    "max_tokens": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
     "logprobs": "You are not allowed to request logprobs from this model.",
     "top_p": "Unsupported parameter: 'top_p' is not supported with this model.",
     "system": "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
@@ -41,7 +41,7 @@ class Faults:
     html_every: a page of a proxy with status 200. empty_every, junk_every: of the *prompts* one in n, by its hash, is
     answered with nothing, or without a verdict; always the same ones. cut_every: as junk, with finish_reason length.
     filter_every: as empty, by a content filter. delay: seconds before each reply. no_logprobs: they are ignored
-    silently. refuse: names in REFUSALS that get a 400. api_key: what must be sent. no_usage: replies do not count tokens.
+    silently. refuse: names in REFUSALS that get a 400. api_key: what must be sent. no_usage: no tokens are counted.
     """
 
     throttle_every: int = 0
@@ -217,7 +217,11 @@ class _Handler(BaseHTTPRequestHandler):
             text = ""
         elif judging and _nth(hashed, faults.filter_every):
             text, reason = "", "content_filter"
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
+        choice: dict[str, Any] = {
+            "index": 0,
+            "finish_reason": reason,
+            "message": {"role": "assistant", "content": text},
+        }
         if top:
             alternatives = [{"token": t, "bytes": list(t.encode()), "logprob": p} for t, p in top]
             choice["logprobs"] = {"content": [alternatives[0] | {"top_logprobs": alternatives}]}
@@ -251,7 +255,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in ({"content-type": "application/json", "content-length": str(len(data))} | (headers or {})).items():
+        for name, value in (
+            {"content-type": "application/json", "content-length": str(len(data))} | (headers or {})
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -301,10 +307,8 @@ def main() -> None:
     host, port = words.pop("host"), words.pop("port")
     with running(Faults(**words), host, port) as judge:
         print(f"{MODEL} serves at {judge.url}; stop it with Ctrl-C", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a judge has answered, kept so that nothing is asked twice.
 
-A folder of three append-only files of one JSON object a line: `replies.jsonl`, whose rows are verdicts under the hash of
-all that was asked; `failures.jsonl`, calls that got no verdict and why, which are asked again; `probes.jsonl`, what
+A folder of three append-only files of one JSON object a line: `replies.jsonl`, whose rows are verdicts under the hash
+of all that was asked; `failures.jsonl`, calls that got no verdict and why, which are asked again; `probes.jsonl`, what
 endpoints were found to accept. A row is written at once and synced before it counts, so a killed command loses only
 the calls that were under way.
 """
@@ -61,7 +61,9 @@ class ReplyStore:
     def __enter__(self) -> ReplyStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._files = {name: _appendable(self.folder / f"{name}.jsonl") for name in ("replies", "failures", "probes")}
+            self._files = {
+                name: _appendable(self.folder / f"{name}.jsonl") for name in ("replies", "failures", "probes")
+            }
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}); give another --store") from error
         try:
