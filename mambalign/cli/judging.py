@@ -94,7 +94,8 @@ def show_judged(judged: Judged, as_json: bool) -> None:
         told |= {f"judge, note {i}": note for i, note in enumerate(judged.notes, start=1)}
         told |= {"verdicts": f"{judged.verdicts:,} of {judged.wanted:,}", "unreadable": judged.unparsed}
         told |= {"requests": judged.requests} | judged.spent
-        make_console().print(make_table(str(judged.file), told))
+        print(judged.file)
+        make_console().print(make_table("", told))
     if not judged.complete:
         reasons = sorted(set(judged.missing.values()) - {"not asked"})
         why = judged.stopped or "; ".join(reasons[:3])

@@ -324,12 +324,12 @@ class _Run:
         self._freed = asyncio.Event()
 
     def _back_off(self, trouble: Again, number: int) -> float:
-        """Seconds for this call to wait. From the second 429 without a success between, all calls do."""
+        """Seconds for this call to wait; all do after several 429s without a success between, not after a single one."""
         wait = self.judge._wait(trouble, number)
         silent = time.monotonic() - self._last_success
         if trouble.throttled:
             self._throttled_in_a_row += 1
-            if self._throttled_in_a_row >= 2:
+            if self._throttled_in_a_row >= max(2, self.judge.concurrency // 4):
                 self._all_wait_until = max(self._all_wait_until, time.monotonic() + wait)
             if silent + wait > self.judge.patience:
                 self._end(f"no verdict for {silent:.0f} s, and the judge asks for {wait:.0f} s more ({trouble})")

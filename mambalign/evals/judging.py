@@ -151,7 +151,9 @@ def mt_bench_matches(
         found = mt_bench.load_answers(file)
         names = sorted({answer.model for answer in found.values()})
         if len(names) > 1 or names[0] in given:
-            raise UserError(f"{file} has answers of {' and '.join(names)}; a file has one model's, and a model one file")
+            raise UserError(
+                f"{file} has answers of {' and '.join(names)}; a file has one model's, and a model one file"
+            )
         given[names[0]] = found
     if baseline_file:
         baseline = list(given)[-1]
@@ -272,7 +274,7 @@ def alpaca_comparisons(
     lacking = [one.instruction for one in references if one.instruction not in answered]
     if lacking:
         raise UserError(
-            f"{outputs} has no output to {len(lacking)} of {len(references)} instructions, such as {lacking[0][:60]!r}; "
+            f"{outputs} lacks outputs to {len(lacking)} of {len(references)} instructions, such as {lacking[0][:60]!r}; "
             "run `mambalign eval alpaca answer` again to complete it"
         )
     template = find_data(how.prompt, data_dir).read_text(encoding="utf-8")
@@ -304,7 +306,7 @@ def alpaca_calls(comparisons: Sequence[Comparison], tolerant: bool = False) -> l
                     max_tokens=told["max_tokens"],
                     temperature=told["temperature"],
                     top_logprobs=told.get("top_logprobs"),
-                    verdict=lambda text, one=one: _read(one.annotator, text, None, tolerant) is not None,  # type: ignore[misc]
+                    verdict=lambda text, one=one: read_verdict(one.annotator, text, None, tolerant) is not None,  # type: ignore[misc]
                 )
             )
     return calls
@@ -339,7 +341,7 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
             missing[one.output.instruction[:80]] = asked.outcome.failures.get(number, "not asked")
             continue
         used.append(reply)
-        preference = _read(annotator, reply.text, reply.top_logprobs, tolerant)
+        preference = read_verdict(annotator, reply.text, reply.top_logprobs, tolerant)
         rows.append(
             one.annotation(
                 alpaca_eval.unswitch(preference, one.switched),
@@ -374,7 +376,9 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
     return judged
 
 
-def _read(annotator: Annotator, text: str, top_logprobs: dict[str, float] | None, tolerant: bool) -> float | None:
+def read_verdict(
+    annotator: Annotator, text: str, top_logprobs: dict[str, float] | None, tolerant: bool = False
+) -> float | None:
     """The preference between what was shown first and second, as the annotator reads a reply."""
     if annotator.verdict == "logprobs":
         return alpaca_eval.parse_logprobs(top_logprobs or {})

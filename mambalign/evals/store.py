@@ -61,13 +61,15 @@ class ReplyStore:
     def __enter__(self) -> ReplyStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_file = _appendable(self.folder / "lock")
             self._files = {
                 name: _appendable(self.folder / f"{name}.jsonl") for name in ("replies", "failures", "probes")
             }
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}); give another --store") from error
         try:
-            fcntl.lockf(self._files["replies"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A file of its own, since closing any handle of a POSIX-locked file, as `_read` does, would let go of it.
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._close()
             raise UserError(
@@ -86,7 +88,7 @@ class ReplyStore:
         self._close()
 
     def _close(self) -> None:
-        for file in self._files.values():
+        for file in (*self._files.values(), self._lock_file):
             file.close()
 
     async def add_reply(self, row: dict[str, Any]) -> None:
