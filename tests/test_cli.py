@@ -18,8 +18,8 @@ from mambalign.cli import app
 
 VERBS = ["cpt", "sft", "dpo", "reward", "score", "best-of-n", "check", "plot", "convert", "merge", "doctor", "demo"]
 NESTED = [
-    *("recipes list", "recipes show", "recipes keys", "eval fetch-data"),
-    *(f"eval {bench} {verb}" for bench in ("mt-bench", "alpaca") for verb in ("answer", "show")),
+    *("recipes list", "recipes show", "recipes keys", "eval fetch-data", "eval calibrate"),
+    *(f"eval {bench} {verb}" for bench in ("mt-bench", "alpaca") for verb in ("answer", "judge", "show")),
 ]
 
 

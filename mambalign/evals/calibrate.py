@@ -159,7 +159,12 @@ def _items(file: Path, annotator: str | None, data_dir: Path | None) -> list[Ite
     if "score" in first or "g1_judgment" in first:
         prompts = mt_bench.load_judge_prompts(find_data("mt-bench judge prompts", data_dir))
         rows = [(f"{file}:{line}", row) for line, row in json_rows(file)]
-        found = (_rating(where, row, prompts) if "score" in row else _pair(where, row, prompts) for where, row in rows)
+        found = []
+        for where, row in rows:
+            try:
+                found.append(_rating(where, row, prompts) if "score" in row else _pair(where, row, prompts))
+            except KeyError as error:
+                raise UserError(f"{where}: the judgment lacks {error}") from error
         return [item for item in found if item]
     raise UserError(
         f"{file}: neither FastChat's judgments (score, g1_judgment) nor alpaca_eval's annotations (instruction)"

@@ -83,7 +83,8 @@ class Judge:
         budget: prices and the most to spend.
         reasoning_tokens: added to the longest answer of a model that reasons.
         tries: of one call, for troubles other than too many requests.
-        patience: seconds without any success while the endpoint only says that it has too much to do.
+        patience: seconds without any success while the endpoint only says that it has too much to do, or that it asks
+            to wait.
         backoff: seconds before a second try where the endpoint asks for none; doubled with each, at most 60.
         failures_in_a_row: calls that fail one after the other before it is given up.
     """
@@ -151,9 +152,10 @@ class Judge:
                 raise
             except Again as trouble:
                 used = None if trouble.billed else used
-                if number == 3:
+                wait = self._wait(trouble, number)
+                if number == 3 or wait > self.patience:
                     raise UserError(f"the judge does not answer: {trouble}") from trouble
-                await asyncio.sleep(self._wait(trouble, number))
+                await asyncio.sleep(wait)
             except UserError as error:
                 raise await self._with_models(error) from error
             finally:
@@ -324,15 +326,15 @@ class _Run:
         self._freed = asyncio.Event()
 
     def _back_off(self, trouble: Again, number: int) -> float:
-        """Seconds for this call to wait; all do after several 429s without a success between, not after a single one."""
+        """Seconds for this call to wait; after several 429s without a success between, all do."""
         wait = self.judge._wait(trouble, number)
         silent = time.monotonic() - self._last_success
         if trouble.throttled:
             self._throttled_in_a_row += 1
             if self._throttled_in_a_row >= max(2, self.judge.concurrency // 4):
                 self._all_wait_until = max(self._all_wait_until, time.monotonic() + wait)
-            if silent + wait > self.judge.patience:
-                self._end(f"no verdict for {silent:.0f} s, and the judge asks for {wait:.0f} s more ({trouble})")
+        if wait + silent * trouble.throttled > self.judge.patience:
+            self._end(f"no verdict for {silent:.0f} s, and the judge asks for {wait:.0f} s more ({trouble})")
         return wait
 
     def _fail(self, key: str, reason: str) -> None:

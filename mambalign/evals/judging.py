@@ -47,29 +47,22 @@ class Asking:
         """What `ask` would do; asks, writes and locks nothing."""
         return self._judge(ReplyStore(self.store)).plan(calls)
 
-    def prepare(self) -> Abilities:
-        """What the endpoint accepts; probes it if that is not known."""
-        return self._run(lambda judge: judge.prepare())[0]
-
     def ask(self, calls: Sequence[Call], description: str) -> Asked:
         """Replies to the calls. Raises UserError as `Judge.ask`."""
-        outcome, judge = self._run(lambda judge: judge.ask(calls, description))
+        outcome, judge = asyncio.run(self._ask(calls, description))
         return Asked(outcome, judge.abilities or Abilities(), judge.budget.summary())
 
     def _judge(self, store: ReplyStore) -> Judge:
         budget = Budget(self.prices, self.max_cost)
         return Judge(self.endpoint, store, concurrency=self.concurrency, budget=budget, **self.more)
 
-    def _run(self, work: Callable[[Judge], Any]) -> tuple[Any, Judge]:
-        async def run() -> tuple[Any, Judge]:
-            with ReplyStore(self.store) as store:
-                judge = self._judge(store)
-                try:
-                    return await work(judge), judge
-                finally:
-                    await self.endpoint.close()
-
-        return asyncio.run(run())
+    async def _ask(self, calls: Sequence[Call], description: str) -> tuple[Outcome, Judge]:
+        with ReplyStore(self.store) as store:
+            judge = self._judge(store)
+            try:
+                return await judge.ask(calls, description), judge
+            finally:
+                await self.endpoint.close()
 
 
 @dataclass(frozen=True)
@@ -106,11 +99,18 @@ class Judged:
         there = list(replies)
         told = asdict(self) | {"file": self.file.name, "endpoint": asking.endpoint.base_url, "complete": self.complete}
         told |= {"asked_for": asking.endpoint.model, "extra": dict(asking.endpoint.extra), "made_from": dict(made_from)}
-        told["models_that_answered"] = sorted({str(reply.model) for reply in there})
-        told["system_fingerprints"] = sorted({str(reply.system_fingerprint) for reply in there})
+        told["models_that_answered"] = sorted({reply.model for reply in there if reply.model})
+        told["system_fingerprints"] = sorted({one.system_fingerprint for one in there if one.system_fingerprint})
         told["tokens"] = [sum(reply.usage[i] for reply in there if reply.usage) for i in (0, 1)]
         told["time"] = time.time()
         write_whole(self.file.with_suffix(".judge.json"), json.dumps(told, indent=2) + "\n")
+
+
+def _notes(asked: Asked, used: Sequence[Reply]) -> list[str]:
+    """Where this judge's verdicts are not those of one model asked as the benchmark asks."""
+    names = sorted({reply.model for reply in used if reply.model})
+    several = [f"several models answered under this name: {', '.join(names)}"] if len(names) > 1 else []
+    return [*asked.abilities.notes(), *several]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -225,7 +225,7 @@ def judge_mt_bench(matches: Sequence[Match], asking: Asking, out: Path) -> Judge
         stopped=asked.outcome.stopped,
         requests=asked.outcome.asked,
         spent=asked.spent,
-        notes=asked.abilities.notes(),
+        notes=_notes(asked, used),
     )
     judged.write(asking, used, {"models": sorted({model for match in matches for model in match.models})})
     return judged
@@ -248,12 +248,15 @@ def _row_identity(row: Mapping[str, Any]) -> Identity:
 
 
 def _merge(file: Path, rows: list[dict[str, Any]], judged: set[Identity]) -> None:
-    """Write `rows` and those in `file` that are of something else than `judged`, by turn, question and model."""
+    """Write `rows` and those in `file` that are of something else than `judged`, in FastChat's order."""
     kept = [row for _, row in json_rows(file) if _row_identity(row) not in judged] if file.is_file() else []
-    order = sorted(
-        [*kept, *rows], key=lambda row: (row.get("turn", 0), str(_row_identity(row)[1:3]), row["question_id"])
-    )
-    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in order))
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        question, _, prompt, *models = _row_identity(row)
+        return row.get("turn", 1), "-math-" in prompt, str(question).zfill(12), *models
+
+    order = sorted([*kept, *rows], key=place)
+    write_whole(file, "".join(json.dumps(row) + "\n" for row in order))
 
 
 # AlpacaEval ---------------------------------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ def alpaca_comparisons(
     lacking = [one.instruction for one in references if one.instruction not in answered]
     if lacking:
         raise UserError(
-            f"{outputs} lacks outputs to {len(lacking)} of {len(references)} instructions, such as {lacking[0][:60]!r}; "
+            f"{outputs} lacks {len(lacking)} of {len(references)} instructions, such as {lacking[0][:60]!r}; "
             "run `mambalign eval alpaca answer` again to complete it"
         )
     template = find_data(how.prompt, data_dir).read_text(encoding="utf-8")
@@ -362,7 +365,7 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
         stopped=asked.outcome.stopped,
         requests=asked.outcome.asked,
         spent=asked.spent,
-        notes=asked.abilities.notes(),
+        notes=_notes(asked, used),
     )
     write_whole(judged.file, alpaca_eval.annotations_text(rows))
     judged.write(asking, used, {"models": [model, comparisons[0].reference.generator]})

@@ -98,7 +98,7 @@ def mark(answer: str, question: str = "") -> float:
     """0 to 10, by rule.
 
     >>> mark(""), mark("Paris is the capital of France.", "What is the capital of France?")
-    (0.0, 5.5)
+    (0.0, 4.5)
     """
     words, asked = re.findall(r"\w+", answer.lower()), set(re.findall(r"\w{4,}", question.lower()))
     if not words:
@@ -128,7 +128,7 @@ def marks(prompt: str) -> list[float]:
     question = question or _between(prompt, '"instruction": """', '"""') or _last_turn(prompt, "User")
     question += _between(prompt, "[The Start of Reference Answer]", "[The End") + _last_turn(prompt, "Reference answer")
     if kind(prompt) in ("rank", "letter"):
-        answers = re.findall(r'"(?:answer|output)": """(.*?)"""\n', prompt, re.DOTALL)[:2]
+        answers = re.findall(r'"(?:answer|output)": """(.*?)"""(?:\n|$)', prompt, re.DOTALL)[:2]
     elif "Conversation with User|>" in prompt:
         answers = [_last_turn(prompt, f"Assistant {name}") for name in "AB"]
     else:

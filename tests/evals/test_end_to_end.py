@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,131 @@ from mambalign.evals.rule_judge import MODEL, Faults, RuleJudge, running
 
 JUDGE = f"{MODEL}@127.0.0.1"
 
+CATEGORIES = ("writing", "math", "stem", "coding")
+SINGLE = "[Question]\n{question}\n\n[The Start of Assistant's Answer]\n{answer}\n[The End of Assistant's Answer]"
+SINGLE_2 = (
+    "<|The Start of Assistant A's Conversation with User|>\n\n### User:\n{question_1}\n\n"
+    "### Assistant A:\n{answer_1}\n\n"
+    "### User:\n{question_2}\n\n### Assistant A:\n{answer_2}\n\n<|The End of Assistant A's Conversation with User|>"
+)
+PAIR = (
+    "[User Question]\n{question}\n\n"
+    "[The Start of Assistant A's Answer]\n{answer_a}\n[The End of Assistant A's Answer]\n\n"
+    "[The Start of Assistant B's Answer]\n{answer_b}\n[The End of Assistant B's Answer]"
+)
+PAIR_2 = "\n\n\n".join(
+    f"<|The Start of Assistant {side}'s Conversation with User|>\n\n"
+    f"### User:\n{{question_1}}\n\n### Assistant {side}:\n{{answer_{side.lower()}_1}}\n\n"
+    f"### User:\n{{question_2}}\n\n### Assistant {side}:\n{{answer_{side.lower()}_2}}\n\n"
+    f"<|The End of Assistant {side}'s Conversation with User|>"
+    for side in "AB"
+)
+RANKING = """<|im_start|>system
+You rank.
+<|im_end|>
+<|im_start|>user
+Please rank the models by the quality of their answers.
+    "instruction": \"\"\"{instruction}\"\"\",
+        "answer": \"\"\"{output_1}\"\"\"
+        "answer": \"\"\"{output_2}\"\"\"
+<|im_end|>"""
+LETTER = """<|im_start|>system
+You choose.
+<|im_end|>
+<|im_start|>user
+    "instruction": \"\"\"{instruction}\"\"\",
+        "model_identifier": "m",
+        "output": \"\"\"{output_1}\"\"\"
+        "model_identifier": "M",
+        "output": \"\"\"{output_2}\"\"\"
+<|im_end|>"""
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@dataclass(frozen=True)
+class Small:
+    """data: a data folder. answers(model): an answer file; outputs(model): model_outputs.json."""
+
+    data: Path
+    questions: int
+    instructions: int
+
+    def answers(self, model: str, text: Callable[[int, int], str]) -> Path:
+        rows = [
+            {"question_id": q, "model_id": model, "choices": [{"index": 0, "turns": [text(q, 1), text(q, 2)]}]}
+            for q in range(1, self.questions + 1)
+        ]
+        return write_rows(self.data / "model_answer" / f"{model}.jsonl", rows)
+
+    def outputs(self, model: str, text: Callable[[int], str]) -> Path:
+        rows = [
+            {"instruction": f"Explain thing number {i}.", "output": text(i), "generator": model, "dataset": "own"}
+            for i in range(self.instructions)
+        ]
+        path = self.data / f"{model}.json"
+        path.write_text(json.dumps(rows))
+        return path
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Small:
+    """12 questions and 40 instructions."""
+    data = tmp_path / "data"
+    questions = [
+        {"question_id": q, "category": CATEGORIES[q % 4], "turns": [f"What about topic {q}?", f"And more on {q}?"]}
+        for q in range(1, 13)
+    ]
+    write_rows(data / "mt_bench/question.jsonl", questions)
+    references = [{"question_id": q, "choices": [{"index": 0, "turns": [f"ref {q}", "ref"]}]} for q in range(1, 13)]
+    write_rows(data / "mt_bench/reference_answer/gpt-4.jsonl", references)
+    prompts = []
+    for family, kind, templates in (("single", "single", (SINGLE, SINGLE_2)), ("pair", "pairwise", (PAIR, PAIR_2))):
+        for name in ("v1", "math-v1") if family == "single" else ("v2", "math-v1"):
+            for template, suffix in zip(templates, ("", "-multi-turn"), strict=True):
+                reference = "[The Start of Reference Answer]\n{ref_answer_1}\n[The End of Reference Answer]\n\n"
+                prompts.append(
+                    {
+                        "name": f"{family}-{name}{suffix}",
+                        "type": kind,
+                        "system_prompt": "You judge.",
+                        "prompt_template": (reference if "math" in name else "") + template,
+                        "output_format": "[[rating]]" if family == "single" else "[[A]]",
+                    }
+                )
+    write_rows(data / "mt_bench/judge_prompts.jsonl", prompts)
+    templates = {"alpaca_eval_gpt4/alpaca_eval": RANKING, "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf": LETTER}
+    for name, template in templates.items():
+        path = data / f"alpaca_eval/evaluators/{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(template)
+    made = Small(data, 12, 40)
+    reference = made.outputs(
+        "reference", lambda i: f"Thing number {i} is explained here in some words." + " more" * (i % 7)
+    )
+    for name in ("alpaca_eval.json", "alpaca_eval_gpt4_baseline.json"):
+        (data / "alpaca_eval" / name).write_text(reference.read_text())
+    return made
+
 
 def run(*words: Any) -> Any:
     return CliRunner().invoke(app, ["eval", *map(str, words)], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
-def judge_words(server: RuleJudge, small: Any, out: Path, *more: Any) -> list[Any]:
+def judge_words(server: RuleJudge, small: Small, out: Path, *more: Any) -> list[Any]:
     where = ("--judge-base-url", server.url, "--judge-model", MODEL, "--data-dir", small.data, "--out", out)
     return [*where, *more]
 
 
-def mt_bench(server: RuleJudge, small: Any, out: Path, files: list[Path], *more: Any) -> Any:
+def mt_bench(server: RuleJudge, small: Small, out: Path, files: list[Path], *more: Any) -> Any:
     return run("mt-bench", "judge", *files, *judge_words(server, small, out, *more))
 
 
-def alpaca(server: RuleJudge, small: Any, out: Path, file: Path, *more: Any) -> Any:
+def alpaca(server: RuleJudge, small: Small, out: Path, file: Path, *more: Any) -> Any:
     return run("alpaca", "judge", file, *judge_words(server, small, out, *more))
 
 
@@ -53,9 +164,9 @@ def without_times(path: Path) -> list[dict[str, Any]]:
 # MT-Bench -----------------------------------------------------------------------------------------------------------
 
 
-def test_single_is_a_row_an_answer_whatever_the_concurrency(small: Any, tmp_path: Path) -> None:
+def test_single_is_a_row_an_answer_whatever_the_concurrency(small: Small, tmp_path: Path) -> None:
     file = small.answers("mine", lambda q, turn: f"About topic {q}: " + "well " * (q * turn) + ".")
-    with running(Faults(error_every=7)) as server:
+    with running(Faults(throttle_every=7, retry_after="0")) as server:
         one = mt_bench(server, small, tmp_path / "one", [file], "--concurrency", 1)
         many = mt_bench(server, small, tmp_path / "many", [file], "--concurrency", 32)
     assert (one.exit_code, many.exit_code) == (0, 0), one.output + many.output
@@ -72,14 +183,15 @@ def test_single_is_a_row_an_answer_whatever_the_concurrency(small: Any, tmp_path
     assert about["complete"] and about["asked_for"] == MODEL and about["models_that_answered"] == [MODEL]
 
 
-def test_pairs_are_judged_in_both_orders_and_a_swap_changes_nothing(small: Any, tmp_path: Path) -> None:
+def test_pairs_are_judged_in_both_orders_and_a_swap_changes_nothing(small: Small, tmp_path: Path) -> None:
     long = small.answers("long", lambda q, turn: f"About topic {q}: " + "well " * 30 + ".")
     short = small.answers("short", lambda q, turn: "No")
     same = small.answers("same", lambda q, turn: "No")
     with running() as server:
         all_pairs = mt_bench(server, small, tmp_path, [long, short, same], "--mode", "pairwise-all")
         assert all_pairs.exit_code == 0, all_pairs.output
-        assert len(server.judged) == 3 * 12 * 2 * 2 - 24  # "same against short" asks the same in both orders
+        # "long" against "same" asks what "long" against "short" did, and the third pair the same in both orders.
+        assert len(server.judged) == 12 * 2 * 2 + 12 * 2
         swapped = mt_bench(server, small, tmp_path / "b", [short], "--mode", "pairwise-baseline", "--baseline", long)
         assert swapped.exit_code == 0, swapped.output
     judged = rows(tmp_path / f"{JUDGE}_pair.jsonl")
@@ -93,7 +205,7 @@ def test_pairs_are_judged_in_both_orders_and_a_swap_changes_nothing(small: Any, 
         assert (row["g1_winner"], row["g2_winner"]) == ("model_2", "model_2")
 
 
-def test_other_models_stay_in_the_file_and_none_is_there_twice(small: Any, tmp_path: Path) -> None:
+def test_other_models_stay_in_the_file_and_none_is_there_twice(small: Small, tmp_path: Path) -> None:
     a = small.answers("a", lambda q, turn: f"a {q}")
     b = small.answers("b", lambda q, turn: f"b {q}")
     with running() as server:
@@ -105,7 +217,7 @@ def test_other_models_stay_in_the_file_and_none_is_there_twice(small: Any, tmp_p
     assert len(keys) == len(set(keys)) == 48
 
 
-def test_changed_answers_are_judged_anew(small: Any, tmp_path: Path) -> None:
+def test_changed_answers_are_judged_anew(small: Small, tmp_path: Path) -> None:
     with running() as server:
         mt_bench(server, small, tmp_path, [small.answers("a", lambda q, turn: "first")])
         mt_bench(server, small, tmp_path, [small.answers("a", lambda q, turn: "second" if q == 5 else "first")])
@@ -115,7 +227,7 @@ def test_changed_answers_are_judged_anew(small: Any, tmp_path: Path) -> None:
     assert len(judged) == 24 and sum("second" in row["user_prompt"] for row in judged) == 2
 
 
-def test_junk_is_an_unreadable_verdict_and_silence_is_none(small: Any, tmp_path: Path) -> None:
+def test_junk_is_an_unreadable_verdict_and_silence_is_none(small: Small, tmp_path: Path) -> None:
     file = small.answers("mine", lambda q, turn: f"About topic {q}.")
     with running(Faults(junk_every=3)) as server:
         junk = mt_bench(server, small, tmp_path / "junk", [file], "--json")
@@ -136,7 +248,7 @@ def test_junk_is_an_unreadable_verdict_and_silence_is_none(small: Any, tmp_path:
 # AlpacaEval ---------------------------------------------------------------------------------------------------------
 
 
-def outputs(small: Any) -> Path:
+def outputs(small: Small) -> Path:
     """A third is what the reference says."""
     reference = json.loads((small.data / "alpaca_eval/alpaca_eval.json").read_text())
     return small.outputs("mine", lambda i: reference[i]["output"] if i % 3 == 0 else f"Thing number {i}: " + "x " * i)
@@ -144,7 +256,7 @@ def outputs(small: Any) -> Path:
 
 @pytest.mark.parametrize("annotator", ["alpaca_eval_gpt4", "weighted_alpaca_eval_gpt4_turbo", "alpaca_eval_clf"])
 def test_alpaca_writes_annotations_in_order_and_asks_nothing_of_identical_outputs(
-    annotator: str, small: Any, tmp_path: Path
+    annotator: str, small: Small, tmp_path: Path
 ) -> None:
     with running() as server:
         done = alpaca(server, small, tmp_path, outputs(small), "--annotator", annotator)
@@ -159,7 +271,7 @@ def test_alpaca_writes_annotations_in_order_and_asks_nothing_of_identical_output
     assert (folder / "leaderboard.csv").read_text().count("\n") == 2
 
 
-def test_the_switch_is_undone(small: Any, tmp_path: Path) -> None:
+def test_the_switch_is_undone(small: Small, tmp_path: Path) -> None:
     """A far better output is preferred whichever place it was shown in."""
     file = small.outputs("mine", lambda i: f"Explain thing number {i}: " + "word " * 60 + ".")
     with running() as server:
@@ -167,11 +279,11 @@ def test_the_switch_is_undone(small: Any, tmp_path: Path) -> None:
             assert alpaca(server, small, tmp_path, file, "--annotator", annotator).exit_code == 0
             judged = json.loads((tmp_path / "mine" / f"{annotator}_by_{JUDGE}" / "annotations.json").read_text())
             assert min(row["preference"] for row in judged) > 1.9
-        places = {body["messages"][1]["content"].index("word word") < 300 for body in server.judged}
-        assert places == {True, False}
+        prompts = [body["messages"][1]["content"] for body in server.judged]
+        assert {text.index("word word") < text.index("is explained") for text in prompts} == {True, False}
 
 
-def test_a_judge_without_logprobs_is_refused_for_the_weighted_annotator_only(small: Any, tmp_path: Path) -> None:
+def test_a_judge_without_logprobs_is_refused_for_the_weighted_annotator_only(small: Small, tmp_path: Path) -> None:
     with running(Faults(no_logprobs=True)) as server:
         refused = alpaca(server, small, tmp_path, outputs(small))
         assert refused.exit_code == 2 and "--annotator alpaca_eval_gpt4" in refused.output and not server.judged
@@ -180,7 +292,7 @@ def test_a_judge_without_logprobs_is_refused_for_the_weighted_annotator_only(sma
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [f"alpaca_eval_clf_by_{JUDGE}"]
 
 
-def test_an_unfinished_result_has_no_leaderboard(small: Any, tmp_path: Path) -> None:
+def test_an_unfinished_result_has_no_leaderboard(small: Small, tmp_path: Path) -> None:
     words = ("--annotator", "alpaca_eval_gpt4")
     with running() as server:
         assert alpaca(server, small, tmp_path, outputs(small), *words).exit_code == 0
@@ -189,7 +301,7 @@ def test_an_unfinished_result_has_no_leaderboard(small: Any, tmp_path: Path) -> 
     assert not list(tmp_path.rglob("leaderboard.csv"))
 
 
-def test_both_benchmarks_share_a_store(small: Any, tmp_path: Path) -> None:
+def test_both_benchmarks_share_a_store(small: Small, tmp_path: Path) -> None:
     file = small.answers("mine", lambda q, turn: f"About {q}.")
     with running() as server:
         for _ in range(2):
@@ -202,7 +314,7 @@ def test_both_benchmarks_share_a_store(small: Any, tmp_path: Path) -> None:
 # Money, and mistakes ------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_makes_no_call_and_no_file(small: Any, tmp_path: Path) -> None:
+def test_a_dry_run_makes_no_call_and_no_file(small: Small, tmp_path: Path) -> None:
     file = small.answers("mine", lambda q, turn: f"About {q}.")
     with running() as server:
         prices = ("--price-in", 30, "--price-out", 60)
@@ -213,7 +325,7 @@ def test_a_dry_run_makes_no_call_and_no_file(small: Any, tmp_path: Path) -> None
     assert "26, 0 of them" in pairs.output and "cost" in pairs.output
 
 
-def test_max_cost_stops_with_3_and_the_same_command_goes_on(small: Any, tmp_path: Path) -> None:
+def test_max_cost_stops_with_3_and_the_same_command_goes_on(small: Small, tmp_path: Path) -> None:
     file = small.answers("mine", lambda q, turn: f"About {q}.")
     words = ("--price-in", 100, "--price-out", 100, "--concurrency", 4, "--max-cost")
     with running() as server:
@@ -239,7 +351,7 @@ def test_max_cost_stops_with_3_and_the_same_command_goes_on(small: Any, tmp_path
         (["--judge-model", "gpt-4"], f"it lists {MODEL}"),
     ],
 )
-def test_mistakes_are_one_sentence(words: list[str], message: str, small: Any, tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(words: list[str], message: str, small: Small, tmp_path: Path) -> None:
     file = small.answers("mine", lambda q, turn: f"About {q}.")
     with running() as server:
         result = mt_bench(server, small, tmp_path, [file], *words)
@@ -270,7 +382,7 @@ def wait_for(server: RuleJudge, n: int) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_midway_and_resumed_repeats_only_what_was_under_way(
-    how: signal.Signals, small: Any, tmp_path: Path
+    how: signal.Signals, small: Small, tmp_path: Path
 ) -> None:
     concurrency = 4
     file = small.outputs("mine", lambda i: f"Thing number {i}: " + "x " * i)
@@ -296,7 +408,7 @@ def test_killed_midway_and_resumed_repeats_only_what_was_under_way(
     assert len(json.loads(next(tmp_path.rglob("annotations.json")).read_text())) == 40
 
 
-def test_two_commands_on_one_store_refuse_the_second(small: Any, tmp_path: Path) -> None:
+def test_two_commands_on_one_store_refuse_the_second(small: Small, tmp_path: Path) -> None:
     file = small.outputs("mine", lambda i: f"Thing number {i}: " + "x " * i)
     with running(Faults(delay=0.1)) as server:
         words = judge_words(server, small, tmp_path, "--annotator", "alpaca_eval_gpt4", "--concurrency", 2)
@@ -309,7 +421,7 @@ def test_two_commands_on_one_store_refuse_the_second(small: Any, tmp_path: Path)
 # Calibration --------------------------------------------------------------------------------------------------------
 
 
-def test_a_judge_agrees_with_itself_and_not_with_its_opposite(small: Any, tmp_path: Path) -> None:
+def test_a_judge_agrees_with_itself_and_not_with_its_opposite(small: Small, tmp_path: Path) -> None:
     file = small.answers("mine", lambda q, turn: f"About topic {q}: " + "well " * (q * turn) + ".")
     with running() as server:
         mt_bench(server, small, tmp_path, [file])
@@ -333,7 +445,7 @@ def test_a_judge_agrees_with_itself_and_not_with_its_opposite(small: Any, tmp_pa
 
 
 @pytest.mark.parametrize("annotator", ["alpaca_eval_gpt4", "weighted_alpaca_eval_gpt4_turbo"])
-def test_calibration_knows_who_was_shown_first(annotator: str, small: Any, tmp_path: Path) -> None:
+def test_calibration_knows_who_was_shown_first(annotator: str, small: Small, tmp_path: Path) -> None:
     with running() as server:
         alpaca(server, small, tmp_path, outputs(small), "--annotator", annotator)
         published = next(tmp_path.rglob("annotations.json"))
