@@ -17,6 +17,10 @@ import mambalign
 from mambalign.cli import app
 
 VERBS = "cpt sft dpo reward score best-of-n check plot convert merge chat serve doctor demo".split()
+NESTED = [
+    *("recipes list", "recipes show", "recipes keys", "eval fetch-data", "eval calibrate"),
+    *(f"eval {bench} {verb}" for bench in ("mt-bench", "alpaca") for verb in ("answer", "judge", "show")),
+]
 
 
 def run(*words: str) -> Any:
@@ -71,7 +75,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert f"mambalign {mambalign.__version__}" in done.stdout
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "recipes list", "recipes show", "recipes keys"])
+@pytest.mark.parametrize("verb", [*VERBS, *NESTED])
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     result = run(*verb.split(), "--help")
     assert result.exit_code == 0
@@ -82,7 +86,7 @@ def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
 
 def test_the_top_level_help_lists_every_verb() -> None:
     output = run("--help").output
-    assert all(verb in output for verb in [*VERBS, "recipes"])
+    assert all(verb in output for verb in [*VERBS, "recipes", "eval"])
 
 
 @pytest.mark.parametrize("stage", ["cpt", "sft", "dpo", "reward"])

@@ -38,7 +38,7 @@ def test_make_verbs_in_the_documents_exist() -> None:
 
 def test_mambalign_commands_in_the_documents_are_understood() -> None:
     """Verbs exist, recipes are there and load with the options that are shown."""
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands} | {"recipes"}
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands} | {"recipes", "eval"}
     for document in DOCUMENTS:
         for block in re.findall(r"```(?:bash)?\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
             for line in re.findall(r"^mambalign .*$", block, flags=re.M):

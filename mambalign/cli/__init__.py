@@ -12,7 +12,8 @@ from mambalign.cli.app import app
 
 __all__ = ["app", "main"]
 
-for _module in ("first", "training", "models", "talk"):  # each adds its verbs to `app`; --help shows them in this order
+# Each adds its verbs to `app`; --help shows them in this order.
+for _module in ("first", "training", "models", "talk", "evaluation", "answering", "judging"):
     import_module(f"mambalign.cli.{_module}")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import errno
 import glob
-import json
 import logging
 import math
 import re
@@ -19,6 +17,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from mambalign.data.json_rows import json_rows
 from mambalign.recipe import UserError, entry_splits, is_test_split, nearest
 
 logger = logging.getLogger(__name__)
@@ -322,47 +321,6 @@ def read_json_slowly(paths: list[Path]) -> datasets.Dataset:
         if types:
             columns[name] = values
     return datasets.Dataset.from_dict(columns)
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a JSON-lines file, or of a `.json` file that holds one array (lines are then row numbers).
-
-    Raises:
-        UserError: naming file and line of what is not UTF-8, not JSON, or not an object.
-    """
-    with path.open("rb") as file:
-        start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        file.seek(0)
-        if start == b"[":
-            entries: Iterable[tuple[int, Any]] = enumerate(_decode(path, file.read(), 0), start=1)
-        else:
-            lines = ((number, line.rstrip()) for number, line in enumerate(file, start=1) if line.strip())
-            entries = ((number, _decode(path, line, number)) for number, line in lines)
-        for number, row in entries:
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a row must be a JSON object, this is {json.dumps(row)[:60]}")
-            yield number, row
-
-
-def _decode(path: Path, raw: bytes, line: int) -> Any:
-    """The JSON of one line, or of a whole file where `line` is 0."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = line or raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8 text, at byte {raw[error.start]:#x}; save the file as UTF-8"
-        ) from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = text[max(0, error.pos - 20) : error.pos + 20].strip()
-        raise UserError(
-            f"{path}:{line + error.lineno - 1 if line else error.lineno}: malformed JSON: {error.msg} at column "
-            f"{error.colno}, near {place!r}"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{path}:{line or 1}: the JSON is nested too deeply to be read") from error
 
 
 def _are_numbers(values: list[Any]) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mambalign.data.chat import check_template, encode_prompt, template_roles
+from mambalign.data.json_rows import json_rows
 from mambalign.data.rows import ChatRules, Skip
-from mambalign.data.sources import json_rows, plain_message
+from mambalign.data.sources import plain_message
 from mambalign.generation.engine import Engine
 from mambalign.generation.journal import (
     Journal,

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from transformers.utils import logging as hf_logging
 
-from mambalign.data.sources import json_rows
+from mambalign.data.json_rows import json_rows
 from mambalign.models import files
 from mambalign.recipe import UserError
 

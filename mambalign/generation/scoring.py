@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from mambalign.data.batches import collate_responses
+from mambalign.data.json_rows import json_rows
 from mambalign.data.responses import Responses, ResponseTokenizer, RewardInputs, responses_of
 from mambalign.data.rows import Skip
-from mambalign.data.sources import json_rows
 from mambalign.generation.journal import (
     Journal,
     check_rows,
