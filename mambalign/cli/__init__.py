@@ -12,7 +12,12 @@ from mambalign.cli.app import app
 
 __all__ = ["app", "main"]
 
-for _module in ("first", "training", "models"):  # each adds its verbs to `app`; --help shows them in this order
+for _module in (
+    "first",
+    "training",
+    "cluster",
+    "models",
+):  # each adds its verbs to `app`; --help shows them in this order
     import_module(f"mambalign.cli.{_module}")
 
 
