@@ -116,7 +116,7 @@ def submit(
 
     Needs no torch. The recipes are frozen: what you edit later does not change what waits in the queue.
 
-    Example: [bold]mambalign submit recipes/tiny/pipeline.yaml --to slurm --profile recipes/clusters/slurm.yaml --dry-run[/]
+    Example: [bold]mambalign submit chain.yaml --to slurm --profile recipes/clusters/slurm.yaml --dry-run[/]
     """
     log_to_stderr()
     with user_errors(debug):

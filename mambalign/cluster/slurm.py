@@ -1,4 +1,4 @@
-"""A pipeline as Slurm batch scripts: one a stage, chained by afterok, each surviving preemption, requeue and time limit.
+"""A pipeline as Slurm batch scripts, one a stage, chained by afterok; each survives preemption and time limits.
 
 The script keeps the batch shell alive (a shell that dies of SIGTERM takes the training with it at once), relays the
 signal that Slurm sends before the time limit through srun to every task, and requeues the job when the training has
@@ -203,9 +203,10 @@ step=0; lost=0
 }
 
 _GUARD = """\
-note() {{ printf '{{"event": "%s", "time": %s, "job": "%s", %s}}\\n' "$1" "$(date +%s)" "$SLURM_JOB_ID" "$2" >>"$record"; }}
+job="\\"job\\": \\"$SLURM_JOB_ID\\""
+note() {{ printf '{{"event": "%s", "time": %s, %s, %s}}\\n' "$1" "$(date +%s)" "$job" "$2" >>"$record"; }}
 # Requeueing for ever without getting on helps nobody.
-same=$(grep '"start"' "$record" 2>/dev/null | grep "\\"job\\": \\"$SLURM_JOB_ID\\"" | tail -n {patience} | grep -c "\\"step\\": $step,")
+same=$(grep '"start"' "$record" 2>/dev/null | grep "$job" | tail -n {patience} | grep -c "\\"step\\": $step,")
 if [ "$same" -ge {patience} ]; then
   echo "mambalign: started {patience} times without getting past step $step; giving up" >&2
   note end '"code": 1, "why": "no progress"'
@@ -247,8 +248,10 @@ def _step(stage: Stage, profile: SlurmProfile, folder: str, gpus: int) -> list[s
     return [
         *lines,
         "",
+        """limit=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null || echo 9999999999)""",
+        "ended=",
         "trap 'kill -USR1 $pid 2>/dev/null' USR1   # srun passes USR1 on to every task",
-        "trap : TERM                               # steps get their own SIGTERM; this shell must outlive them",
+        "trap ended=1 TERM                         # steps get their own SIGTERM; this shell must outlive them",
         " ".join(srun) + " &",
         "pid=$!",
         "while kill -0 $pid 2>/dev/null; do wait $pid; done",
@@ -272,8 +275,9 @@ def _container(profile: SlurmProfile) -> list[str]:
 _AGAIN = """\
 case $rc in
   SAVED | 138 | 140 | 143)
-    # Not when it is cancelled: a requeue would bring it back to life.
-    if scontrol -o show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then exit $rc; fi
+    # A SIGTERM to this shell before the time limit: cancelled, and a requeue would bring it back to life; or requeued
+    # by Slurm, which needs no help.
+    if [ -n "$ended" ] && [ "$(date +%s)" -lt "$((limit - 5))" ]; then exit $rc; fi
     scontrol requeue "$SLURM_JOB_ID" || echo "mambalign: requeued already, or not allowed" >&2
     sleep 300   # Slurm ends this shell; it must not exit, or the job would count as done
     ;;

@@ -68,8 +68,8 @@ SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# cred_expire is also how long a requeued job waits before it starts again: 120 s if nothing is said
-AuthInfo=socket=$folder/munge/sock,cred_expire=2
+# cred_expire is also how long a requeued job waits before it starts again: 120 s if nothing, or less than 5, is said
+AuthInfo=socket=$folder/munge/sock,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/state/d-%n
