@@ -147,9 +147,9 @@ def _apply(job: JobHistory, event: Event) -> None:
 
 
 def _interrupted(job: JobHistory, event: Event) -> None:
-    """Work since the last transfer home is lost."""
+    """Work since the last transfer home is lost; a machine that fell silent has worked until then."""
     if job.saved is not None:
-        job.lost += max(0, event.time - job.saved)
+        job.lost += max(0, (job.since if job.state == "disconnected" else event.time) - job.saved)
         job.saved = None
 
 

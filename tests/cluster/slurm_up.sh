@@ -93,7 +93,7 @@ PropagateResourceLimits=NONE
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1,bf_resolution=1,bf_continue
 InactiveLimit=0
-KillWait=5
+KillWait=3
 MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -101,7 +101,7 @@ PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=16 RealMemory=16000 Gres=gpu:a100:$gpus State=UNKNOWN
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=16 RealMemory=16000 Gres=gpu:a100:$gpus State=UNKNOWN
-PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10 MaxTime=INFINITE State=UP
+PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 CONF
 munged --force --key-file="$folder/munge/key" --socket="$folder/munge/sock" --pid-file="$folder/run/munged.pid" \

@@ -82,6 +82,14 @@ def wait_for(slurm: Callable[..., str], job: str, *states: str, seconds: float =
     until(lambda: state(slurm, job) in states, f"job {job} is {' or '.join(states)}", seconds)
 
 
+def _is_back(slurm: Callable[..., str], node: str) -> bool:
+    """Slurm refuses a resume while the node still cleans up, and once it has come back by itself."""
+    if slurm("sinfo", "-h", "-p", "low", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"):
+        return True
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, timeout=30)
+    return False
+
+
 def test_a_chain_survives_what_a_cluster_does(
     slurm: Callable[..., str], workbench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +141,7 @@ def test_a_chain_survives_what_a_cluster_does(
     slurm("scontrol", "update", "nodename=n1", "state=resume")
     slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     wait_for(slurm, jobs["dpo"], "PENDING", "COMPLETING")
-    slurm("scontrol", "update", "nodename=n2", "state=resume")
+    until(lambda: _is_back(slurm, "n2"), "n2 is back")
     wait_for(slurm, jobs["eval"], "COMPLETED", "CANCELLED", "FAILED")
 
     assert {name: state(slurm, job) for name, job in jobs.items()} == dict.fromkeys(jobs, "COMPLETED")
@@ -169,7 +177,7 @@ def test_cancelled_stays_cancelled_and_a_failure_stops_the_chain(
     ):
         wait_for(slurm, jobs[name], expected)
     wait_for(slurm, jobs["after-long"], "CANCELLED")
-    time.sleep(4)  # longer than a requeued job waits
+    time.sleep(8)  # longer than a requeued job waits
     assert state(slurm, jobs["saver"]) == "CANCELLED" and len(Path("saver.txt").read_text().split()) == 1
     assert not Path("wrong").exists()
 
