@@ -33,6 +33,9 @@ def read_recipe(kind: str, path: str, overrides: Mapping[str, Any]) -> RecipeFac
     recipe = load_recipe(path, words, stage=kind)
     names = [recipe.model_name_or_path, recipe.tokenizer_name_or_path, recipe.chat_template, recipe.deepspeed]
     paths = [name for name in (*names, *recipe.dataset_mixer) if name and len(name) < 4096]
+    began = Path(str(recipe.output_dir)).expanduser()
+    if began.is_dir() and any(began.iterdir()):
+        paths.append(str(recipe.output_dir))
     return RecipeFacts(
         text=recipe.to_yaml(),
         output_dir=str(recipe.output_dir),

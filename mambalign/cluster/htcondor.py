@@ -324,10 +324,18 @@ def _script(stage: Stage, profile: HTCondorProfile, work: str, folder: str) -> s
         *([f"cd {shlex.quote(work)} || exit 1"] if shared else []),
         'export HOME="${HOME:-$PWD}"',
         *([profile.setup] if profile.setup else []),
+        *([] if shared else _earlier(stage)),
         f"exec {' '.join(launch)} -- \\",
         f"  {command}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _earlier(stage: Stage) -> list[str]:
+    """What an earlier submission brought home is gone on with, unless this job has come further."""
+    if not stage.output_dir or stage.output_dir not in stage.inputs:
+        return []
+    return [f'[ -n "$(ls -A {SANDBOX})" ] || cp -r {shlex.quote(os.path.normpath(stage.output_dir))}/. {SANDBOX}/']
 
 
 def _in_sandbox(stage: Stage, shared: bool, folder: str) -> str:
@@ -336,7 +344,7 @@ def _in_sandbox(stage: Stage, shared: bool, folder: str) -> str:
     if shared or not stage.output_dir:
         return command
     out = shlex.quote(stage.output_dir)
-    return f'mkdir -p "$(dirname {out})"; ln -sfn "$PWD/{SANDBOX}" {out}\n{command}'
+    return f'mkdir -p "$(dirname {out})"; rm -rf {out}; ln -s "$PWD/{SANDBOX}" {out}\n{command}'
 
 
 def _dag(pipeline: Pipeline, folder: str) -> str:

@@ -43,9 +43,7 @@ def test_recorded_logs_of_a_pool_are_understood(shared_data: Path) -> None:
         if path.stem == "htcondor_full":
             assert job.gpus == 4 and job.lost == 0  # the vacated job's files came home in the same second
         if path.stem == "htcondor_K1":
-            assert (
-                job.lost == 18 and job.exit_code == 0
-            )  # 22:23:26 to :44 after the crash, started at :22 ... see below
+            assert job.lost == 4 and job.exit_code == 0  # worked from 22:23:22 until its machine fell silent at :26
     assert seen > 10
 
 
