@@ -29,13 +29,21 @@ down() {
     for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
     kill -9 "$pid" 2>/dev/null || true
   done
+  # In place, since it may be a mount; and the control groups, empty by now.
+  hosts=$(grep -v "# $folder\$" /etc/hosts) && printf '%s\n' "$hosts" >/etc/hosts
+  for group in "$folder"/state/d-*; do
+    group=/sys/fs/cgroup/freezer/slurm_${group##*/d-}
+    [ ! -d "$group" ] || find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || true
+  done
   rm -rf "$folder"
 }
 
 if [ "$1" = --down ]; then down "$2"; exit; fi
-folder=$1; port=$2; gpus=8
+folder=$1; port=$2; gpus=8; nodes=("t$port-1" "t$port-2"); names="t$port-[1-2]"
 [ "$(id -u)" = 0 ] || { echo "slurm_up: needs root" >&2; exit 3; }
 
+exec 9>/tmp/mambalign-slurm.lock   # one of several test processes installs, the others wait for it
+flock 9
 missing=()
 for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge; do
   command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
@@ -48,18 +56,20 @@ if [ ${#missing[@]} -gt 0 ]; then
     { echo "slurm_up: ${missing[*]} cannot be installed" >&2; exit 3; }
 fi
 
-mkdir -p "$folder"/{etc,run,log,state/d-n1,state/d-n2,dev,munge}
+mkdir -p "$folder"/{etc,run,log,dev,munge} "$folder/state/d-${nodes[0]}" "$folder/state/d-${nodes[1]}"
 chmod 755 "$folder" "$folder"/*/; chmod 711 "$folder/munge"
 export SLURM_CONF=$folder/etc/slurm.conf
 host=$(hostname -s)
 getent hosts "$host" >/dev/null || echo "127.0.0.1 $host" >>/etc/hosts
-for node in n1 n2; do getent hosts $node >/dev/null || echo "127.0.0.1 $node" >>/etc/hosts; done   # MASTER_ADDR is one of them
+# MASTER_ADDR is one of them; the port makes their names, and with them their control groups, this cluster's own.
+for node in "${nodes[@]}"; do echo "127.0.0.1 $node # $folder" >>/etc/hosts; done
+exec 9>&-
 dd if=/dev/urandom bs=1 count=1024 of="$folder/munge/key" status=none; chmod 400 "$folder/munge/key"
 for i in $(seq 0 $((gpus - 1))); do ln -sfn /dev/null "$folder/dev/nvidia$i"; done   # a GPU must be a character device
 track=linuxproc   # the v1 freezer also holds orphans, where it may be written
 if mkdir "/sys/fs/cgroup/freezer/probe.$$" 2>/dev/null; then rmdir "/sys/fs/cgroup/freezer/probe.$$"; track=cgroup; fi
 printf '%s\n' CgroupPlugin=cgroup/v1 CgroupMountpoint=/sys/fs/cgroup CgroupAutomount=no >"$folder/etc/cgroup.conf"
-printf '%s\n' AutoDetect=off "NodeName=n[1-2] Name=gpu Type=a100 File=$folder/dev/nvidia[0-$((gpus - 1))]" \
+printf '%s\n' AutoDetect=off "NodeName=$names Name=gpu Type=a100 File=$folder/dev/nvidia[0-$((gpus - 1))]" \
   >"$folder/etc/gres.conf"
 cat >"$SLURM_CONF" <<CONF
 ClusterName=test
@@ -99,15 +109,15 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=16 RealMemory=16000 Gres=gpu:a100:$gpus State=UNKNOWN
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=16 RealMemory=16000 Gres=gpu:a100:$gpus State=UNKNOWN
-PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 MaxTime=INFINITE State=UP
-PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
+NodeName=${nodes[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=16 RealMemory=16000 Gres=gpu:a100:$gpus State=UNKNOWN
+NodeName=${nodes[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=16 RealMemory=16000 Gres=gpu:a100:$gpus State=UNKNOWN
+PartitionName=low Nodes=$names Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 MaxTime=INFINITE State=UP
+PartitionName=high Nodes=$names PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 CONF
 munged --force --key-file="$folder/munge/key" --socket="$folder/munge/sock" --pid-file="$folder/run/munged.pid" \
   --log-file="$folder/log/munged.log" --seed-file="$folder/munge/seed"
 slurmctld -f "$SLURM_CONF"
-for node in n1 n2; do slurmd -N $node -f "$SLURM_CONF"; done
+for node in "${nodes[@]}"; do slurmd -N "$node" -f "$SLURM_CONF"; done
 for _ in $(seq 100); do
   [ "$(timeout 5 sinfo -h -p low -N -o %t 2>/dev/null | grep -c idle)" = 2 ] && exit 0
   sleep 0.2
