@@ -44,16 +44,17 @@ class Group:
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
             more = {name: str(value) for name, value in ranks.items()} if count > 1 else {}
-            self.processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**env, **more},
-                    stdout=output,
-                    stderr=subprocess.STDOUT if output else None,
-                    start_new_session=True,  # a Ctrl-C reaches them once, from us
-                    preexec_fn=_die_with_parent,
-                )
+            process = subprocess.Popen(
+                command,
+                env={**env, **more},
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,  # a Ctrl-C reaches them once, from us
+                preexec_fn=_die_with_parent,
             )
+            for number in self.received:  # what came before it was there
+                process.send_signal(number)
+            self.processes.append(process)
 
     def _forward(self, number: int, _: FrameType | None = None) -> None:
         self.received.append(number)

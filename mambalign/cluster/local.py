@@ -88,7 +88,8 @@ def stage_environment(stage: Stage) -> dict[str, str]:
     """The environment of a stage's processes: `mambalign` in a command is the one that runs now."""
     env: Mapping[str, str] = os.environ
     path = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", os.defpath)])
-    return {**env, "PATH": path, **stage.env}
+    hidden = {} if stage.gpu_counts[-1] else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**env, "PATH": path, **hidden, **stage.env}
 
 
 def _run_stage(stage: Stage, folder: Path, say: Callable[[str], None], gpus: int) -> int:

@@ -302,15 +302,16 @@ def _submit(pipeline: Pipeline, folder: str) -> str:
     lines = [
         "#!/bin/bash",
         "# Each stage starts when those it needs have finished, and is cancelled when one of them failed.",
-        "set -euo pipefail",
+        "set -eEuo pipefail",
         f"cd {shlex.quote(folder)}",
+        "declare -A job=()",
         "ids=()",
         """trap '[ ${#ids[@]} = 0 ] || scancel "${ids[@]}"' ERR""",
-        'submit() { local id; id=$(sbatch --parsable "${@:2}"); id=${id%%;*}; ids+=("$id"); echo "$1 $id"; '
-        'printf -v "job_${1//-/_}" %s "$id"; }',
+        'submit() { local id; id=$(sbatch --parsable "${@:2}"); id=${id%%;*}; ids+=("$id"); job[$1]=$id; '
+        'echo "$1 $id"; }',
     ]
     for stage in pipeline.stages:
-        after = "".join(f":$job_{name.replace('-', '_')}" for name in stage.needs)
+        after = "".join(f":${{job[{name}]}}" for name in stage.needs)
         depend = f"--dependency=afterok{after} --kill-on-invalid-dep=yes " if after else ""
         lines.append(f"submit {stage.name} {depend}{stage.name}.sbatch")
     return "\n".join(lines) + "\n"

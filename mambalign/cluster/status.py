@@ -219,11 +219,12 @@ def _read_logs(folder: Path, names: list[str], notes: list[str]) -> dict[str, di
 
 def is_over(report: dict[str, Any]) -> bool:
     """Nothing will change any more: all finished, or what failed keeps the rest from starting."""
-    states = [stage["state"] for stage in report["stages"].values()]
-    if all(state in OVER for state in states):
+    states = {stage["state"] for stage in report["stages"].values()}
+    if states <= set(OVER):
         return True
-    ended = any(state in ("failed", "cancelled") for state in states)
-    return report["scheduler"] == "local" and (ended or "stopped" in states) and "running" not in states
+    if report["scheduler"] == "local":
+        return bool(states & {"failed", "stopped"}) and "running" not in states
+    return not states & {"pending", "running", "held", "stopped"}
 
 
 def _advice(report: dict[str, Any], folder: Path) -> str:

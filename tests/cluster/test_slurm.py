@@ -18,6 +18,7 @@ import yaml
 
 from mambalign.cli.cluster import read_recipe
 from mambalign.cluster.attempts import Attempts, read_json, read_lines
+from mambalign.cluster.keys import ClusterError
 from mambalign.cluster.pipeline import read_pipeline
 from mambalign.cluster.submit import submit_pipeline
 from tests.train.conftest import workbench as workbench
@@ -181,6 +182,20 @@ def test_cancelled_stays_cancelled_and_a_failure_stops_the_chain(
     time.sleep(8)  # longer than a requeued job waits
     assert state(slurm, jobs["saver"]) == "CANCELLED" and len(Path("saver.txt").read_text().split()) == 1
     assert not Path("wrong").exists()
+
+
+def test_half_a_chain_is_never_left_in_the_queue(
+    slurm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"gpus": 0, "cpus": 1, "memory": "1GB", "time": "30m"}
+    stages = {
+        "first": {"command": "sleep 600"},
+        "greedy": {"command": "true", "needs": ["first"], "resources": {"gpus": 99}},
+    }
+    with pytest.raises(ClusterError, match=r"Requested node configuration is not available.*nothing is left"):
+        submitted({"name": "half", "resources": small, "stages": stages}, tmp_path / "run")
+    until(lambda: not slurm("squeue", "-h", "-n", "half-first", "-t", "PD,R"), "the first stage is gone")
 
 
 def test_a_stage_that_never_gets_on_is_given_up(
