@@ -58,7 +58,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
             os.environ["SLURM_CONF"] = before
 
 
-def until(holds: Callable[[], Any], what: str, seconds: float = 90) -> None:
+def until(holds: Callable[[], Any], what: str, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
@@ -79,7 +79,7 @@ def state(slurm: Callable[..., str], job: str) -> str:
     return shown[1]
 
 
-def wait_for(slurm: Callable[..., str], job: str, *states: str, seconds: float = 90) -> None:
+def wait_for(slurm: Callable[..., str], job: str, *states: str, seconds: float = 180) -> None:
     until(lambda: state(slurm, job) in states, f"job {job} is {' or '.join(states)}", seconds)
 
 
