@@ -7,6 +7,8 @@ The same lines are written by `local` and by the scripts of `slurm` and `htcondo
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
 import time
 from dataclasses import dataclass
@@ -95,7 +97,8 @@ class Attempts:
 
     def start(self, output_dir: str | None) -> None:
         step, lost = progress(output_dir), lost_seconds(output_dir)
-        self._write({"event": "start", "time": int(time.time()), "step": step, "lost": lost})
+        line = {"event": "start", "time": int(time.time()), "step": step, "lost": lost}
+        self._write(line | {"pid": os.getpid(), "host": platform.node()})
 
     def end(self, code: int, **more: Any) -> None:
         self._write({"event": "end", "time": int(time.time()), "code": code, **more})

@@ -242,7 +242,7 @@ def _step(stage: Stage, profile: SlurmProfile, folder: str, gpus: int) -> list[s
         f"--cpus-per-task={max(stage.resources.cpus // tasks, 1)}",
         "--kill-on-bad-exit=1",
         *profile.srun_options,
-        *_container(profile),
+        *_container(profile, folder),
         " ".join(shlex.quote(word) for word in shell),
     ]
     return [
@@ -259,16 +259,18 @@ def _step(stage: Stage, profile: SlurmProfile, folder: str, gpus: int) -> list[s
     ]
 
 
-def _container(profile: SlurmProfile) -> list[str]:
+def _container(profile: SlurmProfile, folder: str) -> list[str]:
     if not profile.container:
         return []
     box = build(Container, profile.container, "container")
     if box.runtime == "pyxis":
-        mounts = [f"--container-mounts={shlex.quote(','.join(box.binds))}"] if box.binds else []
-        words = [f"--container-image={shlex.quote(box.image)}", *mounts, "--container-workdir=$PWD"]
+        mounts = ",".join(["$PWD:$PWD", *(shlex.quote(bind) for bind in (f"{folder}:{folder}", *box.binds))])
+        words = [f"--container-image={shlex.quote(box.image)}", f"--container-mounts={mounts}"]
+        words.append("--container-workdir=$PWD")
         return [*words, *box.options]
     binds = [f"--bind {shlex.quote(bind)}" for bind in box.binds]
-    return [f"{box.runtime} exec --nv --bind $PWD --pwd $PWD", *binds, *box.options, shlex.quote(box.image)]
+    here = f"--bind $PWD --bind {shlex.quote(folder)} --pwd $PWD"
+    return [f"{box.runtime} exec --nv {here}", *binds, *box.options, shlex.quote(box.image)]
 
 
 # Of srun: 85, or 128 + the signal that meant to stop a stage which keeps no checkpoints of its own.

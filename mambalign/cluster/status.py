@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import time
 from pathlib import Path
@@ -84,6 +85,19 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
+def _is_alive(start: dict[str, Any]) -> bool:
+    """Whether the launcher of an attempt lives, as far as this machine can tell."""
+    if start.get("host") != platform.node() or "pid" not in start:
+        return False
+    try:
+        os.kill(int(start["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _progress(output_dir: str | None, since: float | None) -> dict[str, Any]:
     now = read_progress(output_dir, since)
     if now is None:
@@ -121,7 +135,8 @@ def _stage(
     elif lines[-1].get("event") == "end":
         state = "stopped" if ended == 85 else "failed"
     else:
-        state = "running" if not output or not training or _is_locked(Path(output)) else "stopped"
+        alive = _is_alive(starts[-1]) or (output is not None and _is_locked(Path(output)))
+        state = "running" if alive else "stopped"
     since = starts[-1]["time"] if starts and state == "running" else None
     result = {"state": state, **_progress(output if training else None, since)}
     result["restarts"] = max(told.get("restarts", 0), len(starts) - 1, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,19 @@ def test_a_report_tells_progress_restarts_and_what_to_do(folder: Path, monkeypat
     stopped = status.read_status(folder)
     assert stopped["stages"]["dpo"]["state"] == "stopped" and status.is_over(stopped)
     assert "goes on from step 20" in stopped["next"]
+
+
+def test_a_launcher_that_was_killed_is_noticed(folder: Path) -> None:
+    child = subprocess.Popen(["sleep", "100"])
+    record = Attempts.of(folder, "dpo")
+    line = record.starts[-1] | {"pid": child.pid, "host": platform.node()}
+    record._write(line)
+    assert status.read_status(folder)["stages"]["dpo"]["state"] == "running"
+    child.kill()
+    child.wait()
+    assert status.read_status(folder)["stages"]["dpo"]["state"] == "stopped"
+    record._write(line | {"host": "elsewhere", "pid": 1})
+    assert status.read_status(folder)["stages"]["dpo"]["state"] == "stopped"
 
 
 def test_one_training_run_is_a_report_too(folder: Path) -> None:
