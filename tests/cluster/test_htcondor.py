@@ -140,6 +140,14 @@ def test_the_bindings_make_jobs_of_every_file(profile: Path, htcondor_site: Path
         assert value(ad, "PreserveRelativePaths") == "true"
 
 
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_every_example_finds_a_machine(profile: Path, htcondor_site: Path) -> None:
+    """An attribute that our jobs lack, or a typing error in `requirements`, would make them wait for ever."""
+    found = ads(htcondor_site, rendered(read_yaml_map(profile)), [slot(4), slot(4, Memory=1024)])
+    for stage in ("sft", "dpo", "eval"):
+        assert found[f"{stage}.sub slots"] == [True, False], stage
+
+
 def test_elastic_and_fixed_requests_match_the_machines_they_should(htcondor_site: Path) -> None:
     machines = [slot(8), slot(4), slot(3), slot(2), slot(1), slot(0), slot(4, memory_mb=16384),
                 slot(4, capability=7.0),                 slot(1, START="TARGET.RequestGPUs >= 4"),
