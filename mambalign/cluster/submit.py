@@ -44,17 +44,14 @@ def ask(command: Sequence[str], timeout: float = TIMEOUT, cwd: str | None = None
     except subprocess.TimeoutExpired:
         return Answer("", f"{command[0]} did not answer within {timeout:.0f} s; the scheduler may be down")
     if done.returncode:
-        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-        return Answer(done.stdout, f"{command[0]}: {said}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        said = "; ".join(line.strip() for line in lines[-2:])
+        return Answer(done.stdout, said if command[0] in ("bash", said.split(":")[0]) else f"{command[0]}: {said}")
     return Answer(done.stdout + (done.stderr if "--test-only" in command else ""))
 
 
 def prepare(pipeline: Pipeline, folder: Path, scheduler: str, work: str | None = None) -> None:
-    """Make the folder of a pipeline's files.
-
-    Raises:
-        ClusterError: it holds jobs that were submitted before and may still be in the queue.
-    """
+    """Make the folder of a pipeline's files, and note in it what there is to do."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "attempts").mkdir(exist_ok=True)
     plan = {**to_dict(pipeline, str(folder)), "scheduler": scheduler, "work": work or os.getcwd()}
