@@ -25,6 +25,7 @@ from mambalign.cluster.keys import (
     flag,
     key,
     mebibytes,
+    number,
     numbers,
     one_of,
     plain_map,
@@ -62,7 +63,7 @@ class HTCondorProfile:
     transfer_input: tuple[str, ...] = key((), texts, "Further files for every stage: a packed environment.")
     transfer_executable: bool = key(True, flag, "Whether the job script travels; false only with a shared file system.")
     preserve_paths: bool = key(True, flag, "Keep relative paths in the sandbox (HTCondor 8.9 or newer).")
-    gpus_maximum_capability: float | None = key(None, lambda v: float(text(v)), "Most CUDA capability.")
+    gpus_maximum_capability: float | None = key(None, number, "Most CUDA capability.")
     vacate_time: int = key(300, seconds, "Grace to ask for; the machine may give less.")
     retirement_time: int | None = key(
         None, lambda v: 0 if v == 0 else seconds(v), "MaxJobRetirementTime; 0 may let a draining machine take the job."

@@ -28,6 +28,7 @@ from mambalign.cluster.keys import (
     key,
     mebibytes,
     nearest,
+    number,
     one_of,
     plain_map,
     seconds,
@@ -53,7 +54,7 @@ class Resources:
     memory: int = key(32 * 1024, mebibytes, "Main memory of a node: 64GB.")
     disk: int = key(50 * 1024, mebibytes, "Scratch space (HTCondor): 60GB.")
     gpu_memory: int | None = key(None, mebibytes, "Least memory of a GPU. A 40 GB card reports 40536 MB: say 38GB.")
-    gpu_capability: float | None = key(None, lambda v: float(text(v)), "Least CUDA capability; 8.0 has bfloat16.")
+    gpu_capability: float | None = key(None, number, "Least CUDA capability; 8.0 has bfloat16.")
     time: int = key(24 * 3600, seconds, "Longest stretch without a pause: Slurm's time limit.")
     slice: int | None = key(
         None, seconds, "Shortest stretch that is worth a start. The stage fits into holes of this length, and saves."
