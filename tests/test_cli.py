@@ -16,7 +16,11 @@ from typer.testing import CliRunner
 import mambalign
 from mambalign.cli import app
 
-VERBS = "cpt sft dpo reward score best-of-n check plot convert merge chat serve doctor demo".split()
+VERBS = [
+    *("cpt", "sft", "dpo", "reward", "check", "plot"),
+    *("run", "submit", "status", "why"),
+    *("score", "best-of-n", "convert", "merge", "chat", "serve", "doctor", "demo"),
+]
 NESTED = [
     *("recipes list", "recipes show", "recipes keys", "eval fetch-data", "eval calibrate"),
     *(f"eval {bench} {verb}" for bench in ("mt-bench", "alpaca") for verb in ("answer", "judge", "show")),
@@ -118,6 +122,11 @@ def test_a_training_verb_hands_recipe_and_overrides_to_run(stage: str, tmp_path:
         (["best-of-n", "a", "b", "nowhere.jsonl", "--temperature", "0"], "temperature: 0.0 must be above 0"),
         (["check", "nowhere.yaml"], "recipe nowhere.yaml does not exist"),
         (["plot", "nowhere"], "is it a run folder?"),
+        (["run", "nowhere.yaml"], "pipeline nowhere.yaml does not exist"),
+        (["submit", "nowhere.yaml", "--to", "slrum"], "'slrum'; did you mean 'slurm'"),
+        (["submit", "RECIPE", "--to", "slurm"], "unknown key 'model_name_or_path'"),
+        (["status", "nowhere"], "holds neither pipeline.json"),
+        (["why", "nowhere"], "neither a job id nor a folder"),
         (["plot", "nowhere", "--out", "curves"], "a file name that ends in .svg, .png, .pdf"),
     ],
 )

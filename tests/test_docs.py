@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mambalign.cli import app
+from mambalign.cli.cluster import load_pipeline
 from mambalign.recipe import STAGES, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,15 +37,19 @@ def test_make_verbs_in_the_documents_exist() -> None:
         assert used <= verbs, f"{document.name} names {sorted(used - verbs)}"
 
 
-def test_mambalign_commands_in_the_documents_are_understood() -> None:
-    """Verbs exist, recipes are there and load with the options that are shown."""
+def test_mambalign_commands_in_the_documents_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verbs exist, recipes and pipelines are there and load with the options that are shown."""
+    monkeypatch.chdir(ROOT)  # a pipeline's recipes are relative to the working directory
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands} | {"recipes", "eval"}
     for document in DOCUMENTS:
         for block in re.findall(r"```(?:bash)?\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
             for line in re.findall(r"^mambalign .*$", block, flags=re.M):
                 verb, *words = shlex.split(line, comments=True)[1:]
                 assert verb in verbs, f"{document.name}: {line}"
-                if words and words[0].startswith("recipes/"):
+                if verb in ("run", "submit") and words[0].startswith("recipes/"):
+                    load_pipeline(Path(words[0]))
+                    assert "--profile" not in words or Path(words[words.index("--profile") + 1]).is_file()
+                elif words and words[0].startswith("recipes/"):
                     load_recipe(ROOT / words[0], words[1:], stage=verb if verb in STAGES else None)
 
 

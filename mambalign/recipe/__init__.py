@@ -18,7 +18,7 @@ from mambalign.recipe.schema import (
     load_recipe,
 )
 from mambalign.recipe.splits import entry_splits, is_test_split
-from mambalign.recipe.values import UserError, nearest, type_name
+from mambalign.recipe.values import UserError, nearest, read_yaml_map, type_name
 
 __all__ = [
     "NO_REFERENCE",
@@ -34,5 +34,6 @@ __all__ = [
     "key_types",
     "load_recipe",
     "nearest",
+    "read_yaml_map",
     "type_name",
 ]

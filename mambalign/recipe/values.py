@@ -68,26 +68,26 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}: not readable as YAML: {error}") from error
 
 
-def read_yaml_map(path: Path) -> dict[str, Any]:
-    """The map in a YAML file; an empty file is an empty map."""
+def read_yaml_map(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The map in a YAML file, which is a `what`; an empty file is an empty map."""
     if path.is_dir():
         # As deep as recipes/<model>/<stage>/ and no further: this may be a home folder.
         found = islice((p for folders in ("", "*/", "*/*/") for p in path.glob(f"{folders}*.yaml")), 6)
         names = ", ".join(sorted(map(str, found)))
         hint = f"; it holds {names}" if names else ""
-        raise UserError(f"{path} is a folder, a recipe is a YAML file{hint}")
+        raise UserError(f"{path} is a folder, a {what} is a YAML file{hint}")
     if not path.exists():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"recipe {path} does not exist{nearest(path.name, siblings)}")
+        raise UserError(f"{what} {path} does not exist{nearest(path.name, siblings)}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a UTF-8 text file, a recipe is YAML") from error
+        raise UserError(f"{path} is not a UTF-8 text file, a {what} is YAML") from error
     value = parse_yaml(text, str(path))
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a recipe is a map of `key: value` lines, this is {_describe(value)}")
+        raise UserError(f"{path}: a {what} is a map of `key: value` lines, this is {_describe(value)}")
     for key in value:
         if not isinstance(key, str):
             raise UserError(f"{path}: key {key!r} must be text")

@@ -1,0 +1,244 @@
+"""Chains on a real Slurm of two nodes: requeued, preempted, drained, crashed, cancelled."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mambalign.cli.cluster import read_recipe
+from mambalign.cluster.attempts import Attempts, read_json, read_lines
+from mambalign.cluster.keys import ClusterError
+from mambalign.cluster.pipeline import read_pipeline
+from mambalign.cluster.submit import submit_pipeline
+from tests.train.conftest import workbench as workbench
+from tests.train.test_run import assert_same_run
+
+UP = Path(__file__).with_name("slurm_up.sh")
+REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+SITE = {
+    "partition": "low",
+    "python": sys.executable,
+    "env": {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """A function that runs one of Slurm's commands on a cluster of its own."""
+    folder = Path(f"/tmp/mambalign-slurm-{os.getpid()}")  # short: munge's socket has a name of 108 characters at most
+    port = 20000 + os.getpid() % 20000
+    done = subprocess.run(["bash", str(UP), str(folder), str(port)], capture_output=True, text=True, timeout=180)
+    if done.returncode == 3:
+        pytest.skip(f"no Slurm to test on: {done.stderr.strip()}")
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(folder / "etc/slurm.conf")
+    try:
+        assert done.returncode == 0, done.stderr
+
+        def command(*words: str) -> str:
+            return subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+
+        yield command
+    finally:
+        subprocess.run(["bash", str(UP), "--down", str(folder)], timeout=60, check=False, capture_output=True)
+        os.environ.pop("SLURM_CONF")
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+
+
+def until(holds: Callable[[], Any], what: str, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+def submitted(pipeline: dict[str, Any], folder: Path, **site: Any) -> dict[str, str]:
+    """Job ids by stage."""
+    loaded = read_pipeline(pipeline, "pipeline.yaml", read_recipe)
+    list(submit_pipeline(loaded, folder, "slurm", SITE | site, "site", pipeline_path=Path("pipeline.yaml")))
+    jobs: dict[str, str] = read_json(folder / "jobs.json")["jobs"]
+    return jobs
+
+
+def state(slurm: Callable[..., str], job: str) -> str:
+    shown = re.search(r"JobState=(\S+)", slurm("scontrol", "-o", "show", "job", job))
+    assert shown is not None
+    return shown[1]
+
+
+def wait_for(slurm: Callable[..., str], job: str, *states: str, seconds: float = 180) -> None:
+    until(lambda: state(slurm, job) in states, f"job {job} is {' or '.join(states)}", seconds)
+
+
+def _is_back(slurm: Callable[..., str], node: str) -> bool:
+    """Slurm refuses a resume while the node still cleans up, and once it has come back by itself."""
+    if slurm("sinfo", "-h", "-p", "low", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"):
+        return True
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, timeout=30)
+    return False
+
+
+def test_a_chain_survives_what_a_cluster_does(
+    slurm: Callable[..., str], workbench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preempted, requeued, drained and crashed at random steps; the weights are those of a calm run on no cluster."""
+    from mambalign.recipe import Recipe
+    from mambalign.train.run import run
+
+    monkeypatch.chdir(tmp_path)
+    shared = dict(max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=3e-3,
+                  max_steps=40, logging_steps=1, save_steps=4, use_cpu=True, disable_tqdm=True)  # fmt: skip
+    recipes: dict[str, dict[str, Any]] = {
+        "sft": shared | dict(model_name_or_path=str(workbench / "model"), dataset_mixer={str(workbench / "sft"): 1.0}),
+        "dpo": shared | dict(model_name_or_path="out/sft", dataset_mixer={str(workbench / "dpo"): 1.0},
+                             max_prompt_length=64),
+    }  # fmt: skip
+    for name, values in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values | {"output_dir": f"out/{name}"}))
+        run(name, Recipe.from_dict(values | {"output_dir": f"out/{name}"}, stage=name))
+    shutil.move("out", "calm")
+
+    small = {"gpus": 0, "cpus": 1, "memory": "1GB", "time": "30m"}
+    stages = {
+        "sft": {"recipe": "sft.yaml"},
+        "dpo": {"recipe": "dpo.yaml", "model": "sft"},
+        "eval": {"command": "sha256sum ${dpo.output_dir}/model.safetensors > result.txt"},
+    }
+    jobs = submitted({"name": "chain", "resources": small, "stages": stages}, Path("runs/chain"))
+    dice = random.Random(7)
+
+    def at_random_step(stage: str) -> int:
+        """Wait for a step some way behind the newest that is logged."""
+        lines = lambda: read_lines(tmp_path / "out" / stage / "metrics.jsonl")  # noqa: E731
+        seen = max((line["step"] for line in lines()), default=0)
+        target = seen + dice.randint(3, 8)
+        attempt = len(Attempts.of(Path("runs/chain"), stage).starts)
+        until(lambda: any(line["step"] >= target for line in lines()), f"{stage} (attempt {attempt}) is at {target}")
+        assert state(slurm, jobs[stage]) == "RUNNING", "too quick to be disturbed"
+        return target
+
+    first, second = slurm("sinfo", "-h", "-p", "low", "-N", "-o", "%N").split()
+    at_random_step("sft")
+    slurm("sbatch", "--partition=high", "--nodes=2", "--cpus-per-task=16", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for(slurm, jobs["sft"], "PENDING", "COMPLETING")
+    wait_for(slurm, jobs["sft"], "RUNNING")
+    at_random_step("sft")
+    slurm("scontrol", "requeue", jobs["sft"])
+    slurm("scontrol", "update", f"nodename={first}", "state=drain", "reason=test")  # the rest has to run on the other
+    wait_for(slurm, jobs["dpo"], "RUNNING")
+    at_random_step("dpo")
+    slurm("scontrol", "update", f"nodename={first}", "state=resume")
+    slurm("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
+    wait_for(slurm, jobs["dpo"], "PENDING", "COMPLETING")
+    until(lambda: _is_back(slurm, second), "the node is back")
+    wait_for(slurm, jobs["eval"], "COMPLETED", "CANCELLED", "FAILED")
+
+    assert {name: state(slurm, job) for name, job in jobs.items()} == dict.fromkeys(jobs, "COMPLETED")
+    attempts = {name: len(Attempts.of(Path("runs/chain"), name).starts) for name in jobs}
+    assert attempts == {"sft": 3, "dpo": 2, "eval": 1}
+    for name in recipes:
+        assert_same_run(tmp_path / "calm" / name, tmp_path / "out" / name)
+    assert Path("result.txt").read_text()
+
+
+def test_cancelled_stays_cancelled_and_a_failure_stops_the_chain(
+    slurm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"gpus": 0, "cpus": 1, "memory": "1GB", "time": "30m"}
+    stages = {
+        "long": {"command": "sleep 600"},
+        "after-long": {"command": "touch wrong", "needs": ["long"]},
+        "bad": {"command": "exit 3"},
+        "after-bad": {"command": "touch wrong", "needs": ["bad"]},
+        "saver": {"command": "trap 'exit 85' TERM USR1; echo x >> saver.txt; sleep 600 & wait"},
+    }
+    jobs = submitted({"name": "ends", "resources": small, "stages": stages}, tmp_path / "run")
+    wait_for(slurm, jobs["long"], "RUNNING")
+    until(Path("saver.txt").exists, "the saver runs")
+    slurm("scancel", jobs["long"])
+    slurm("scancel", jobs["saver"])  # saves, exits 85, and is not brought back to life
+    for name, expected in (
+        ("long", "CANCELLED"),
+        ("bad", "FAILED"),
+        ("after-bad", "CANCELLED"),
+        ("saver", "CANCELLED"),
+    ):
+        wait_for(slurm, jobs[name], expected)
+    wait_for(slurm, jobs["after-long"], "CANCELLED")
+    time.sleep(8)  # longer than a requeued job waits
+    assert state(slurm, jobs["saver"]) == "CANCELLED" and len(Path("saver.txt").read_text().split()) == 1
+    assert not Path("wrong").exists()
+
+
+def test_half_a_chain_is_never_left_in_the_queue(
+    slurm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"gpus": 0, "cpus": 1, "memory": "1GB", "time": "30m"}
+    stages = {
+        "first": {"command": "sleep 600"},
+        "greedy": {"command": "true", "needs": ["first"], "resources": {"gpus": 99}},
+    }
+    with pytest.raises(ClusterError, match=r"Requested node configuration is not available.*nothing is left"):
+        submitted({"name": "half", "resources": small, "stages": stages}, tmp_path / "run")
+    until(lambda: not slurm("squeue", "-h", "-n", "half-first", "-t", "PD,R"), "the first stage is gone")
+
+
+def test_a_stage_that_never_gets_on_is_given_up(
+    slurm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    record = Attempts.of(tmp_path / "run", "stuck")
+    stages = {"stuck": {"command": "exit 85", "output_dir": "out"}}
+    small = {"gpus": 0, "cpus": 1, "memory": "1GB", "time": "30m"}
+    pipeline = {"name": "stuck", "resources": small, "stages": stages}
+    size = subprocess.run(["du", "-sb", "out"], capture_output=True, text=True, check=True).stdout.split()[0]
+    # Four starts without a byte more, as the script writes them for the job that comes next.
+    following = int(slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap=true")) + 1
+    record.path.parent.mkdir(parents=True)
+    record.path.write_text(
+        "".join(f'{{"event": "start", "time": 1, "job": "{following}", "step": {size}, "lost": 0}}\n' for _ in range(4))
+    )
+    jobs = submitted(pipeline, tmp_path / "run")
+    assert jobs["stuck"] == str(following)
+    wait_for(slurm, jobs["stuck"], "FAILED")
+    assert "started 5 times without getting past" in (tmp_path / "run/logs/stuck.log").read_text()
+    assert len(record.starts) == 5
+
+
+def test_several_gpus_and_nodes_are_one_group(
+    slurm: Callable[..., str], workbench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two fake GPUs on each of up to two nodes: a task a GPU, ranks as torch wants them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.sh").write_text(
+        '#!/bin/bash\necho "$RANK/$WORLD_SIZE $LOCAL_RANK $CUDA_VISIBLE_DEVICES $SLURM_JOB_NUM_NODES $@" '
+        '>> ranks.txt; mkdir -p out/sft; echo \'{"status": "finished"}\' > out/sft/run.json\n'
+    )
+    (tmp_path / "fake.sh").chmod(0o755)
+    recipe = {"model_name_or_path": str(workbench / "model"), "dataset_mixer": {str(workbench / "sft"): 1.0},
+              "output_dir": "out/sft", "global_batch_size": 8, "per_device_train_batch_size": 2}  # fmt: skip
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
+    asked = {"gpus": 2, "nodes": "1-2", "cpus": 4, "memory": "1GB", "time": "30m"}
+    pipeline = {"name": "many", "resources": asked, "stages": {"sft": {"recipe": "sft.yaml"}}}
+    jobs = submitted(pipeline, tmp_path / "run", python=str(tmp_path / "fake.sh"), gpu_type="a100")
+    wait_for(slurm, jobs["sft"], "COMPLETED", "FAILED")
+    assert state(slurm, jobs["sft"]) == "COMPLETED", (tmp_path / "run/logs/sft.log").read_text()
+    lines = sorted(Path("ranks.txt").read_text().splitlines())
+    call = f"2 -m mambalign sft {tmp_path}/run/sft.yaml"
+    assert lines == [f"{rank}/4 {rank % 2} 0,1 {call}" for rank in range(4)]
