@@ -47,7 +47,7 @@ def best_of_n(
             another result.
     """
     if sampling.temperature == 0 and sampling.n > 1:
-        raise UserError("temperature: must be above 0; at 0 all answers would be the same")
+        raise UserError(f"temperature: {sampling.temperature} must be above 0; at 0 all answers would be the same")
     total = check_rows(source, ADDED, _prompt)
     models = {"policy": model_fingerprint(policy), "reward": model_fingerprint(reward)}
     journal = Journal(out, models | {"input": files.sha256_file(source), "dtype": dtype} | asdict(sampling))
