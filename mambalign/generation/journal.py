@@ -63,7 +63,8 @@ class Journal:
         except OSError as error:
             raise UserError(f"{self.out} cannot be written ({error.strerror}); give another --out") from error
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not lockf, which `earlier` would give up by closing the same file.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
             raise UserError(f"another process is writing {self.out}; wait for it, or give another --out") from error

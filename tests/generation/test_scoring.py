@@ -19,6 +19,7 @@ from mambalign.data.responses import Responses, ResponseTokenizer, RewardInputs
 from mambalign.data.rows import Skip
 from mambalign.generation.best_of_n import best_of_n
 from mambalign.generation.engine import Engine
+from mambalign.generation.journal import Journal
 from mambalign.generation.requests import Sampling
 from mambalign.generation.scoring import Scorer, score_file
 from mambalign.models import MambaForCausalLM
@@ -299,3 +300,14 @@ def test_the_commands(models: Path, tmp_path: Path) -> None:
     swapped = ["best-of-n", str(models / "reward"), str(models / "policy"), str(prompts), *sizes, "--seed", "1"]
     refused = CliRunner().invoke(app, [*swapped, "--out", str(tmp_path / "o.jsonl")])
     assert refused.exit_code == 2 and "cannot write any" in refused.output
+
+
+def test_two_writers_of_one_journal(tmp_path: Path) -> None:
+    """Also after the first has read what an earlier command left."""
+    out, made_from = tmp_path / "out.jsonl", {"model": "m"}
+    with Journal(out, made_from) as first:
+        first.write([{"a": 1}])
+    with Journal(out, made_from) as again:
+        assert list(again.earlier()) == [{"a": 1}]
+        with pytest.raises(UserError, match="another process is writing"), Journal(out, made_from):
+            pass

@@ -1,0 +1,306 @@
+"""Signals, bounds on time, and random kills: nothing is lost, and what resumes is the undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mambalign.recipe import Recipe, UserError
+from mambalign.train import checkpoint, preemption
+from mambalign.train.preemption import EXIT_CODE, Preempted, Preemption, agree
+from mambalign.train.run import run
+from mambalign.train.trainer import PackedTrainer
+from tests.train.conftest import history
+from tests.train.test_run import assert_same_run
+
+Make = Callable[..., Recipe]
+
+
+def _child(stage: str, values: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    run(stage, Recipe.from_dict(values))
+
+
+def start(stage: str, recipe: Recipe) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mambalign.train.run"])
+    child = context.Process(target=_child, args=(stage, recipe.to_dict()))
+    child.start()
+    return child
+
+
+def step_of(folder: Path) -> int:
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for(condition: Callable[[], bool], child: Any, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        if not child.is_alive():
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def interrupted_at(stage: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> Preempted:
+    """Run in this process; the signal arrives in the middle of a step."""
+    real = PackedTrainer.training_step
+
+    def signalled(self: PackedTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted) as stopped:
+        patch.setattr(PackedTrainer, "training_step", signalled)
+        run(stage, recipe)
+    return stopped.value
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_a_signal_is_a_checkpoint_and_exit_code_85(
+    number: signal.Signals, recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm")))
+    shaken = recipe("sft", output_dir=str(tmp_path / "shaken"), save_steps=1000)
+    before = signal.getsignal(number)
+    for step in (0, 4):
+        stop = interrupted_at("sft", shaken, monkeypatch, step, number)
+        assert stop.code == EXIT_CODE == 85
+        assert stop.why.startswith(f"{number.name} at step {step + 1} of")
+        newest = checkpoint.newest_complete(tmp_path / "shaken")
+        assert newest is not None and newest.name == f"checkpoint-{step + 1}"
+        state = json.loads((tmp_path / "shaken/run.json").read_text())
+        assert state["status"] == "preempted" and number.name in state["why"]
+    assert signal.getsignal(number) is before
+    run("sft", shaken)
+    assert_same_run(tmp_path / "calm", tmp_path / "shaken")
+    attempts = json.loads((tmp_path / "shaken/run.json").read_text())["attempts"]
+    assert [attempt["status"] for attempt in attempts] == ["preempted", "preempted", "finished"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(eval_strategy="steps", eval_steps=2),
+        dict(eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch"),
+        dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True),
+        dict(eval_strategy="steps", eval_steps=4, max_steps=7),
+        dict(eval_strategy="epoch", save_strategy="no", max_steps=7),
+        dict(save_only_model=True, save_steps=2),
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_stopped_at_every_step_the_history_has_no_seam(
+    changes: dict[str, Any], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an evaluation is due: it waits for the next start, and the log has it where it belongs."""
+    calm = run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), **changes))
+    shaken = recipe("sft", output_dir=str(tmp_path / "shaken"), **changes)
+    for step in range(calm.global_step):
+        interrupted_at("sft", shaken, monkeypatch, step, signal.SIGTERM)
+    run("sft", shaken)
+    assert_same_run(tmp_path / "calm", tmp_path / "shaken")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_signal_in_an_evaluation(
+    strategy: str, recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the n-th evaluation of the n-th attempt: the one that makes up for the last is let through."""
+    changes = dict(eval_strategy="steps", eval_steps=4, save_strategy=strategy, save_steps=4)
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), **changes))
+    shaken = recipe("sft", output_dir=str(tmp_path / "shaken"), **changes)
+    real = PackedTrainer.get_eval_dataloader
+    stops = 0
+    for victim in (1, 1, 2, 2, 2, 2):
+        calls: list[int] = []
+
+        def signalled(self: PackedTrainer, *args: Any, calls: list[int] = calls, victim: int = victim) -> Any:
+            calls.append(self.state.global_step)
+            if len(calls) == victim:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return real(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedTrainer, "get_eval_dataloader", signalled)
+            try:
+                run("sft", shaken)
+                break
+            except Preempted:
+                stops += 1
+    run("sft", shaken)
+    assert stops >= 4
+    assert_same_run(tmp_path / "calm", tmp_path / "shaken")
+
+
+def test_a_signal_in_the_reference_pass(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambalign.train import reference
+
+    monkeypatch.setattr(reference, "PART", 8)
+    run("dpo", recipe("dpo", output_dir=str(tmp_path / "calm")))
+    shaken = recipe("dpo", output_dir=str(tmp_path / "shaken"))
+    real, computed = reference._compute, []
+
+    def signalled(*args: Any) -> Any:
+        computed.append(args[2])
+        if len(computed) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(reference, "_compute", signalled)
+    with pytest.raises(Preempted, match="SIGTERM came while computing reference log-probs"):
+        run("dpo", shaken)
+    assert len(computed) == 2
+    run("dpo", shaken)
+    assert len(computed) == len(set(map(str, computed))) + 1  # the evaluation's first part has the range of the first
+    assert_same_run(tmp_path / "calm", tmp_path / "shaken")
+
+
+def test_a_signal_before_there_is_anything_to_save(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenising in helper processes fails when the signal ends those."""
+    from mambalign.train import run as module
+
+    def killed(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("one of the subprocesses has abruptly died")
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="SIGTERM came while loading"):
+        patch.setattr(module, "load_data", killed)
+        run("sft", recipe("sft"))
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        patch.setattr(module, "load_data", broken)
+        run("sft", recipe("sft"))
+
+
+def test_the_whole_job_gets_the_signal(recipe: Make, tmp_path: Path) -> None:
+    """As from Slurm, and through the command line: data workers get it too, and still feed the step that finishes."""
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), num_train_epochs=4))
+    shaken = recipe(
+        "sft", output_dir=str(tmp_path / "shaken"), num_train_epochs=4, dataloader_num_workers=1, save_steps=1000
+    )
+    (tmp_path / "recipe.yaml").write_text(shaken.to_yaml())
+    words = [sys.executable, "-m", "mambalign", "sft", str(tmp_path / "recipe.yaml")]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        while step_of(tmp_path / "shaken") < 2:
+            assert job.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.wait(60) == EXIT_CODE, (tmp_path / "log").read_text()
+    assert "stopped: SIGTERM at step" in (tmp_path / "log").read_text()
+    run("sft", replace(shaken, dataloader_num_workers=0))
+    assert_same_run(tmp_path / "calm", tmp_path / "shaken")
+
+
+def test_max_runtime_leaves_time_for_the_save(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sliced = recipe("sft", output_dir=str(tmp_path / "sliced"), max_runtime="4s", num_train_epochs=1000)
+    started = time.monotonic()
+    with pytest.raises(Preempted, match="max_runtime, 4 s at step"):
+        run("sft", sliced)
+    assert time.monotonic() - started < 4
+    newest = checkpoint.newest_complete(tmp_path / "sliced")
+    assert newest is not None
+
+
+def test_save_minutes_bounds_what_is_lost(recipe: Make, tmp_path: Path) -> None:
+    saved: list[int] = []
+    changes = dict(save_strategy="no", num_train_epochs=4, save_total_limit=None)
+    run("sft", recipe("sft", output_dir=str(tmp_path / "never"), **changes))
+    assert not list((tmp_path / "never").glob("checkpoint-*"))
+    steps = run("sft", recipe("sft", output_dir=str(tmp_path / "always"), save_minutes=1e-9, **changes)).global_step
+    saved = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "always").glob("checkpoint-*"))
+    assert saved == list(range(1, steps + 1))
+    assert_same_run(tmp_path / "never", tmp_path / "always")
+
+
+def test_the_clock_of_save_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    watch = Preemption(save_seconds=60)
+    watch.training_begins()
+    decisions = []
+    for _ in range(5):
+        now[0] += 25
+        decisions.append(watch.step_ends())
+        if decisions[-1][1]:
+            now[0] += 10  # the save itself is not lost work
+            watch.saved(10)
+    assert decisions == [(False, False), (False, False), (False, True), (False, False), (False, False)]
+
+
+def test_the_clock_of_max_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 100 s and a save of a minute, with half of one for safety: 190 s are left for them."""
+    now = [0.0]
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    watch = Preemption(max_runtime=1000)
+    watch.training_begins()
+    stops = []
+    for _ in range(9):
+        now[0] += 100
+        stops.append(watch.step_ends()[0])
+    assert stops == [False] * 8 + [True]
+
+
+def test_agreement_of_one_process_is_its_own_mind() -> None:
+    assert agree(True, False) == [True, False]
+
+
+@pytest.mark.parametrize("text", ["4", "240", "4 hours", "0h", "-1h", "4:00", "1h-2m", "00:00:00"])
+def test_what_is_no_time(text: str, recipe: Make) -> None:
+    with pytest.raises(UserError, match="max_runtime"):
+        recipe("sft", max_runtime=text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [200])  # 200 were tried by hand
+def test_random_kills(kills: int, recipe: Make, tmp_path: Path) -> None:
+    """SIGKILL and SIGTERM at random moments, in saves too: it always resumes and ends at the same weights."""
+    changes = dict(save_steps=2, eval_strategy="steps", eval_steps=3, num_train_epochs=80)
+    run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), **changes))
+    victim = recipe("sft", output_dir=str(tmp_path / "victim"), **changes)
+    folder = tmp_path / "victim"
+    dice = random.Random(5)
+    done = 0
+    while done < kills:
+        child = start("sft", victim)
+        if dice.random() < 0.4:
+            alive = wait_for(lambda: (folder / checkpoint.STAGING).exists(), child)
+        else:
+            end = time.monotonic() + dice.uniform(0.0, 1.2)
+            alive = wait_for(lambda end=end: time.monotonic() > end, child)  # type: ignore[misc]
+        if not alive:
+            assert child.exitcode == 0
+            break
+        number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        os.kill(child.pid, number)
+        child.join(30)
+        assert child.exitcode in (-number, EXIT_CODE, 0), child.exitcode
+        done += 1
+        for path in checkpoint.checkpoints(folder):
+            assert checkpoint.fault(path) is None
+    run("sft", victim)
+    assert done >= min(kills, 5)
+    assert_same_run(tmp_path / "calm", folder)
+    assert history(folder) == history(tmp_path / "calm")
