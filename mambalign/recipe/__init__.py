@@ -18,7 +18,7 @@ from mambalign.recipe.schema import (
     load_recipe,
 )
 from mambalign.recipe.splits import entry_splits, is_test_split
-from mambalign.recipe.values import UserError, nearest, read_yaml_map, type_name
+from mambalign.recipe.values import UserError, nearest, read_yaml_map, seconds, type_name
 
 __all__ = [
     "NO_REFERENCE",
@@ -35,5 +35,6 @@ __all__ = [
     "load_recipe",
     "nearest",
     "read_yaml_map",
+    "seconds",
     "type_name",
 ]

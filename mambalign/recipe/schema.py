@@ -27,17 +27,9 @@ Backend = Literal["auto", "cuda", "torch", "reference"]
 Checkpointing = Literal["selective"]
 Interval = Literal["no", "steps", "epoch"]
 Schedule = Literal[
-    "cosine",
-    "linear",
-    "constant",
-    "constant_with_warmup",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "polynomial",
-    "inverse_sqrt",
-    "reduce_lr_on_plateau",
-    "warmup_stable_decay",
-]
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
+    "inverse_sqrt", "reduce_lr_on_plateau", "warmup_stable_decay",
+]  # fmt: skip
 
 # What a key means when a recipe of this stage does not give it.
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -405,11 +397,6 @@ class Recipe:
     def test_splits(self) -> list[str]:
         """Splits that are only ever evaluated, by their name."""
         return [s for s in self.dataset_splits if is_test_split(s)]
-
-    @property
-    def max_runtime_seconds(self) -> float | None:
-        """`max_runtime` in seconds."""
-        return None if self.max_runtime is None else seconds("max_runtime", self.max_runtime)
 
     def accumulation_steps(self, world_size: int = 1) -> int:
         """Device batches per optimizer step with `world_size` devices.

@@ -36,7 +36,7 @@ from mambalign.data.responses import RewardInputs
 from mambalign.models import files, lineage
 from mambalign.models.checkpoint import add_tokens, holds_reward_model, load_model, load_tokenizer, save_model
 from mambalign.models.reward import with_reward_head
-from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest
+from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest, seconds
 from mambalign.train import card, checkpoint, curves
 from mambalign.train.callbacks import METRICS, read_metrics
 from mambalign.train.objectives import PreferenceOptions
@@ -91,8 +91,10 @@ def run(stage: str, recipe: Recipe) -> RunResult:
     # The arguments come first: they set up devices, find the other processes, and refuse early what cannot work.
     args = training_arguments(_for_this_many(recipe, folder), folder)
     _make(folder, recipe)
-    minutes = recipe.save_minutes
-    preemption = Preemption(recipe.max_runtime_seconds, None if minutes is None else 60 * minutes)
+    preemption = Preemption(
+        None if recipe.max_runtime is None else seconds("max_runtime", recipe.max_runtime),
+        None if recipe.save_minutes is None else 60 * recipe.save_minutes,
+    )
     with _exclusive(folder), preemption.listening():
         claimed = [_claim(folder, recipe, stage, args) if args.process_index == 0 else None]
         finished: RunResult | None = broadcast_object_list(claimed)[0]
@@ -340,7 +342,7 @@ def _now() -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return {}
 
 

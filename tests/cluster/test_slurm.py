@@ -154,6 +154,26 @@ def test_a_chain_survives_what_a_cluster_does(
     assert Path("result.txt").read_text()
 
 
+def test_a_time_limit_is_seen_coming(
+    slurm: Callable[..., str], workbench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shortened while the job runs, which spares a minute of waiting: Slurm's warning is a checkpoint and a requeue."""
+    monkeypatch.chdir(tmp_path)
+    values = dict(model_name_or_path=str(workbench / "model"), dataset_mixer={str(workbench / "sft"): 1.0},
+                  output_dir="out", max_length=128, max_steps=10**6, logging_steps=10, save_steps=10**6, use_cpu=True,
+                  disable_tqdm=True)  # fmt: skip
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
+    small = {"gpus": 0, "cpus": 1, "memory": "1GB", "time": "30m"}
+    jobs = submitted({"name": "limit", "resources": small, "stages": {"sft": {"recipe": "sft.yaml"}}}, Path("run"))
+    until(lambda: read_lines(tmp_path / "out/metrics.jsonl"), "it trains")
+    slurm("scontrol", "update", f"jobid={jobs['sft']}", "timelimit=2")
+    until(lambda: read_json(tmp_path / "out/run.json").get("status") == "preempted", "it has saved")
+    why = re.fullmatch(r"SIGUSR1 at step (\d+) of 1000000", read_json(tmp_path / "out/run.json")["why"])
+    assert why is not None and (tmp_path / f"out/checkpoint-{why[1]}/manifest.json").is_file()
+    until(lambda: "Restarts=1" in slurm("scontrol", "-o", "show", "job", jobs["sft"]), "it is queued again")
+    slurm("scancel", jobs["sft"])
+
+
 def test_cancelled_stays_cancelled_and_a_failure_stops_the_chain(
     slurm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,13 +106,13 @@ def test_a_signal_is_a_checkpoint_and_exit_code_85(
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )
-def test_stopped_at_every_step_the_history_has_no_seam(
+def test_stopped_anywhere_the_history_has_no_seam(
     changes: dict[str, Any], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where an evaluation is due: it waits for the next start, and the log has it where it belongs."""
     calm = run("sft", recipe("sft", output_dir=str(tmp_path / "calm"), **changes))
     shaken = recipe("sft", output_dir=str(tmp_path / "shaken"), **changes)
-    for step in range(calm.global_step):
+    for step in sorted({1, 3, 4, calm.global_step - 1}):  # with evaluations after 2, 4, an epoch of 5, and the end
         interrupted_at("sft", shaken, monkeypatch, step, signal.SIGTERM)
     run("sft", shaken)
     assert_same_run(tmp_path / "calm", tmp_path / "shaken")
@@ -274,7 +274,7 @@ def test_what_is_no_time(text: str, recipe: Make) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [12])  # 200 were tried by hand
+@pytest.mark.parametrize("kills", [8])  # 200 were tried by hand
 def test_random_kills(kills: int, recipe: Make, tmp_path: Path) -> None:
     """SIGKILL and SIGTERM at random moments, in saves too: it always resumes and ends at the same weights."""
     changes = dict(save_steps=2, eval_strategy="steps", eval_steps=3, num_train_epochs=12)
