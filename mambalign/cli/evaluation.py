@@ -94,10 +94,10 @@ def show_mt_bench(
         from mambalign.evals import mt_bench_scores as scores
         from mambalign.evals.mt_bench import load_questions
 
-        asked = _questions_or_none(questions, data_dir, load_questions)
+        asked = questions_or_none(questions, data_dir, load_questions)
         results: list[dict[str, Any]] = []
         for path in judgments:
-            if _is_pairwise(path):
+            if is_pairwise(path):
                 results.append(scores.pair_summary(scores.load_pair_judgments(path), asked, baseline))
             else:
                 rows = scores.load_judgments(path)
@@ -110,7 +110,7 @@ def show_mt_bench(
         print(_sources(asked))
 
 
-def _questions_or_none(given: Path | None, data_dir: Path | None, load: Callable[[Path], Any]) -> Any:
+def questions_or_none(given: Path | None, data_dir: Path | None, load: Callable[[Path], Any]) -> Any:
     if given is not None:
         return load(given)
     from mambalign.evals.data import find_data
@@ -123,13 +123,27 @@ def _questions_or_none(given: Path | None, data_dir: Path | None, load: Callable
         return None
 
 
+def instructions_or_none(given: Path | None, data_dir: Path | None, needed: bool = False) -> list[str] | None:
+    """AlpacaEval's instructions, from a file of rows; None where none was named, and none is found or `needed`."""
+    from mambalign.evals.alpaca_eval import load_outputs
+    from mambalign.evals.data import find_data
+
+    try:
+        source = given or find_data("alpaca reference 2", data_dir)
+    except mambalign.UserError:
+        if data_dir is not None or needed:
+            raise
+        return None
+    return [row.instruction for row in load_outputs(source)]
+
+
 def _sources(asked: Any) -> str:
     if asked is None:
         return "no question file: completeness is judged by the questions in the file (mambalign eval fetch-data)"
     return f"{len(asked)} questions"
 
 
-def _is_pairwise(path: Path) -> bool:
+def is_pairwise(path: Path) -> bool:
     from mambalign.data.json_rows import json_rows
 
     return "model_1" in next((row for _, row in json_rows(path)), {})
@@ -138,6 +152,8 @@ def _is_pairwise(path: Path) -> bool:
 def print_single(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
+
+    from mambalign.evals.mt_bench_scores import notes
 
     console = make_console()
     state = "" if result["final"] else f" {PROVISIONAL}"
@@ -149,25 +165,7 @@ def print_single(result: dict[str, Any]) -> None:
         turns = (_number(turn) for turn in result["category_turns"][name])
         table.add_row(name, *_bars(mean, result["errors"][name]), *turns)
     console.print(table)
-    console.print("\n".join(f"  {note}" for note in single_notes(result)), markup=False)
-
-
-def single_notes(result: dict[str, Any]) -> list[str]:
-    """What stands below a table of MT-Bench scores."""
-    notes = [f"{result['n']} ratings of {result['n_questions']} questions by {result['judge']}"]
-    if result["n_missing"]:
-        places = ", ".join(f"{number} turn {turn}" for number, turn in result["missing"][:5])
-        notes.append(f"NOT FINAL: {result['n_missing']} verdicts are missing ({places} ...)")
-    if result["n_unparsed"]:
-        low, high = _number(result["if_unparsed_were_1"]), _number(result["if_unparsed_were_10"])
-        notes.append(f"{result['n_unparsed']} verdicts had no rating and are left out; as 1 or 10: {low} to {high}")
-    if result["n_out_of_range"]:
-        notes.append(f"{result['n_out_of_range']} ratings are not within 1 to 10 and count as they are (parity)")
-    if result["n_duplicates"]:
-        notes.append(
-            f"{result['n_duplicates']} verdicts are on an answer that had one already; counted: {result['duplicates']}"
-        )
-    return notes
+    console.print("\n".join(f"  {note}" for note in notes(result)), markup=False)
 
 
 def print_pairs(result: dict[str, Any]) -> None:
@@ -233,16 +231,7 @@ def show_alpaca(
             from mambalign.evals.length_control import load_gamed
 
             gamed = load_gamed(find_data("alpaca gamed", data_dir))
-        asked: list[str] | None = None
-        source = instructions
-        if source is None:
-            try:
-                source = find_data("alpaca reference 2", data_dir)
-            except mambalign.UserError:
-                if data_dir is not None or length_control:
-                    raise
-        if source is not None:
-            asked = [row.instruction for row in alpaca_eval.load_outputs(source)]
+        asked = instructions_or_none(instructions, data_dir, needed=length_control)
         results = [summarize(alpaca_eval.load_annotations(path), asked, gamed, positional=positional)
                    for path in annotations]  # fmt: skip
         if leaderboard is not None:
@@ -260,6 +249,8 @@ def print_alpaca(results: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from mambalign.evals.alpaca_scores import notes
+
     columns = ("model", "judge", "against", "win rate", "s.e.", "95 % interval", "wins", "losses", "draws", "n",
                "discrete", "length", "LC", "LC s.e.")  # fmt: skip
     table = Table(*columns, box=None, pad_edge=False)
@@ -274,23 +265,8 @@ def print_alpaca(results: list[dict[str, Any]]) -> None:
         )  # fmt: skip
     make_console().print(table)
     for result in results:
-        for note in alpaca_notes(result):
+        for note in notes(result):
             print(f"  {result['model']}: {note}")
-
-
-def alpaca_notes(result: dict[str, Any]) -> list[str]:
-    """What stands below a table of AlpacaEval's win rates."""
-    notes = list(result.get("lc_warnings", ()))
-    if result["n_missing"]:
-        notes.append(f"NOT FINAL: {result['n_missing']} instructions have no verdict")
-    if result["n_unparsed"]:
-        low, high = _number(result["if_unparsed_lost"]), _number(result["if_unparsed_won"])
-        notes.append(
-            f"{result['n_unparsed']} verdicts could not be read and are left out; lost or won: {low} to {high}"
-        )
-    if result["n_empty"]:
-        notes.append(f"{result['n_empty']} outputs are empty")
-    return notes
 
 
 def _bars(mean: float | None, errors: dict[str, Any]) -> tuple[str, str, str]:

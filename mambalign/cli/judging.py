@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 UNFINISHED = 3  # exit code: verdicts are missing; the same command asks for them
 RESUME = "; what was judged is kept, run the same command again to go on"
 
-BaseUrl = Annotated[str, typer.Option("--judge-base-url", help="The judge's OpenAI-compatible address, ending in /v1.")]
-Model = Annotated[str, typer.Option("--judge-model", help="The judge's name at that address.")]
+BaseUrl = Annotated[
+    str,
+    typer.Option(
+        "--judge-base-url",
+        help="The judge's OpenAI-compatible address, ending in /v1; or `rule`: the judge that is rule-based, not a "
+        "language model, in this process.",
+    ),
+]
+Model = Annotated[str | None, typer.Option("--judge-model", help="The judge's name at that address.")]
 KeyEnv = Annotated[str | None, typer.Option("--judge-key-env", help="Environment variable that holds the API key.")]
 KeyFile = Annotated[Path | None, typer.Option("--judge-key-file", help="File that holds the API key.")]
 Extra = Annotated[str, typer.Option("--judge-extra", help='More keys of a request: \'{"reasoning_effort": "low"}\'.')]
@@ -36,7 +43,7 @@ Store = Annotated[Path | None, typer.Option("--store", help="Folder of all repli
 
 def asking(
     base_url: str,
-    model: str,
+    model: str | None,
     key_env: str | None,
     key_file: Path | None,
     extra: str,
@@ -50,6 +57,7 @@ def asking(
     from mambalign.evals.cost import Budget, Prices
     from mambalign.evals.endpoint import Endpoint, read_key
     from mambalign.evals.judging import Asking
+    from mambalign.evals.rule_judge import IN_PROCESS, RuleEndpoint
 
     try:
         more = json.loads(extra)
@@ -61,6 +69,12 @@ def asking(
         raise mambalign.UserError("prices go together: give both --price-in and --price-out")
     prices = None if price_in is None or price_out is None else Prices(price_in, price_out)
     Budget(prices, max_cost)
+    if base_url == IN_PROCESS:
+        if model not in (None, RuleEndpoint.model):
+            raise mambalign.UserError(f"--judge-model: the judge `{IN_PROCESS}` is {RuleEndpoint.model}, not {model}")
+        return Asking(RuleEndpoint(), store, concurrency, prices, max_cost)
+    if model is None:
+        raise mambalign.UserError("--judge-model is missing: the judge's name at --judge-base-url")
     endpoint = Endpoint(base_url, model, read_key(key_env, key_file), timeout, more)
     return Asking(endpoint, store, concurrency, prices, max_cost)
 
@@ -107,7 +121,7 @@ def show_judged(judged: Judged, as_json: bool) -> None:
 def judge_mt_bench(
     answers: Annotated[list[Path], typer.Argument(metavar="ANSWERS.jsonl...", help="Answer files, one a model.")],
     judge_base_url: BaseUrl,
-    judge_model: Model,
+    judge_model: Model = None,
     mode: Annotated[str, typer.Option(help="single, pairwise-baseline or pairwise-all.")] = "single",
     baseline: Annotated[str | None, typer.Option(help="Model, or its answer file, for pairwise-baseline.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of judgment files.")] = Path("model_judgment"),
@@ -153,7 +167,7 @@ def judge_mt_bench(
 def judge_alpaca(
     outputs: Annotated[Path, typer.Argument(metavar="OUTPUTS.json", help="A model's model_outputs.json.")],
     judge_base_url: BaseUrl,
-    judge_model: Model,
+    judge_model: Model = None,
     annotator: Annotated[
         str,
         typer.Option(
@@ -207,7 +221,7 @@ def calibrate(
         list[Path], typer.Argument(metavar="JUDGMENTS...", help="FastChat's judgments or alpaca_eval's annotations.")
     ],
     judge_base_url: BaseUrl,
-    judge_model: Model,
+    judge_model: Model = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many of the published verdicts to judge again.")] = 200,
     seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
     annotator: Annotated[str | None, typer.Option(help="For annotations: the annotator; default: as they say.")] = None,

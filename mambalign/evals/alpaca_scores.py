@@ -71,6 +71,19 @@ def summarize(
     return summary
 
 
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What stands below a table of AlpacaEval's win rates."""
+    said = list(result.get("lc_warnings", ()))
+    if result["n_missing"]:
+        said.append(f"NOT FINAL: {result['n_missing']} instructions have no verdict")
+    if result["n_unparsed"]:
+        low, high = (f"{result[key]:.3f}" for key in ("if_unparsed_lost", "if_unparsed_won"))
+        said.append(f"{result['n_unparsed']} verdicts could not be read and are left out; lost or won: {low} to {high}")
+    if result["n_empty"]:
+        said.append(f"{result['n_empty']} outputs are empty")
+    return said
+
+
 def _controlled(
     annotations: Sequence[Mapping[str, Any]], instructions: Sequence[str] | None, gamed: Gamed, positional: bool
 ) -> dict[str, Any]:

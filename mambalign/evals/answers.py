@@ -189,7 +189,7 @@ def answer_mt_bench(
     by_id = {question.question_id: question for question in questions}
     settings = {"choices": choices, "max_new_tokens": max_new_tokens, "force_temperature": force_temperature}
     content = [asdict(question) for question in questions]
-    journal = Journal(_rendered(out), {"model": dict(model.identity), **settings, "questions": _digest(content)})
+    journal = Journal(rendered_file(out), {"model": dict(model.identity), **settings, "questions": _digest(content)})
     if journal.finished is not None and out.is_file():
         return journal.finished | {"finished_before": True}
 
@@ -278,7 +278,7 @@ def answer_alpaca(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     content = [each.instruction for each in instructions]
     made_from = {"model": dict(model.identity), "sampling": asdict(sampling), "instructions": _digest(content)}
-    journal = Journal(_rendered(out), made_from)
+    journal = Journal(rendered_file(out), made_from)
     if journal.finished is not None and out.is_file():
         return journal.finished | {"finished_before": True}
 
@@ -344,9 +344,9 @@ class _opened:
         self.journal.__exit__(*error)
 
 
-def _rendered(out: Path) -> Path:
-    """Not beside the answers, where FastChat takes every .jsonl for a model's."""
-    return out.parent / "rendered" / f"{out.stem}.jsonl"
+def rendered_file(answers: Path) -> Path:
+    """Where the prompts of an answer file are. Not beside it: FastChat takes every .jsonl there for a model's."""
+    return answers.parent / "rendered" / f"{answers.stem}.jsonl"
 
 
 def _complete(missing: int, wanted: int, errors: Sequence[str]) -> None:

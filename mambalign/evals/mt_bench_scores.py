@@ -246,6 +246,24 @@ def _mean_with(rated: Sequence[Judgment], more: int, score: float) -> float | No
     return total / (len(rated) + more) if rated or more else None
 
 
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What stands below a table of MT-Bench scores."""
+    said = [f"{result['n']} ratings of {result['n_questions']} questions by {result['judge']}"]
+    if result["n_missing"]:
+        places = ", ".join(f"{number} turn {turn}" for number, turn in result["missing"][:5])
+        said.append(f"NOT FINAL: {result['n_missing']} verdicts are missing ({places} ...)")
+    if result["n_unparsed"]:
+        low, high = (f"{result[key]:.3f}" for key in ("if_unparsed_were_1", "if_unparsed_were_10"))
+        said.append(f"{result['n_unparsed']} verdicts had no rating and are left out; as 1 or 10: {low} to {high}")
+    if result["n_out_of_range"]:
+        said.append(f"{result['n_out_of_range']} ratings are not within 1 to 10 and count as they are (parity)")
+    if result["n_duplicates"]:
+        said.append(
+            f"{result['n_duplicates']} verdicts are on an answer that had one already; counted: {result['duplicates']}"
+        )
+    return said
+
+
 def estimate(judgments: Sequence[Judgment]) -> Estimate:
     """The mean of the ratings, its standard error clustered by question."""
     rated = [judgment for judgment in judgments if judgment.parsed]

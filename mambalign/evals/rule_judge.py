@@ -5,6 +5,8 @@ words, the words that it shares with the question or reference, and its last cha
 good. The same request always gets the same verdict. `Faults` make it behave as badly as real endpoints do.
 
     python -m mambalign.evals.rule_judge --port 8000 --throttle-every 7
+
+`RuleEndpoint` is the same judge within this process, without HTTP: `--judge-base-url rule`.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from mambalign.evals.endpoint import Endpoint, Reply
+
 MODEL = "rule-based-not-a-language-model"
+IN_PROCESS = "rule"  # in place of an address
+Tokens = list[tuple[str, float]]
 REFUSALS = {  # what `refuse` may name, and the words in which OpenAI's models refuse it
     "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only 1 is supported.",
     "max_tokens": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
@@ -136,7 +142,7 @@ def marks(prompt: str) -> list[float]:
     return [mark(answer, question) for answer in answers[: 1 if kind(prompt) == "single" else 2]] or [0.0]
 
 
-def verdict(prompt: str, logprobs: bool) -> tuple[str, list[tuple[str, float]] | None]:
+def verdict(prompt: str, logprobs: bool) -> tuple[str, Tokens | None]:
     """(text, likeliest first tokens with natural log-probabilities where `logprobs`)."""
     first, second = [*marks(prompt), 0.0][:2]
     wanted = kind(prompt)
@@ -164,8 +170,51 @@ def _last_turn(text: str, speaker: str) -> str:
     return re.split(r"\n\n(?:### |<\|)", rest)[0] if found else ""
 
 
-def _text(body: dict[str, Any]) -> str:
+def _text(body: Mapping[str, Any]) -> str:
     return "\n".join(str(message.get("content")) for message in body.get("messages") or [])
+
+
+def _choice(text: str, top: Tokens | None, reason: str = "stop") -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
+    if top:
+        alternatives = [{"token": t, "bytes": list(t.encode()), "logprob": p} for t, p in top]
+        choice["logprobs"] = {"content": [alternatives[0] | {"top_logprobs": alternatives}]}
+    return choice
+
+
+def _usage(prompt: str, text: str) -> tuple[int, int]:
+    return len(prompt) // 5 + 1, len(text) // 5 + 1
+
+
+@dataclass(frozen=True)
+class RuleEndpoint(Endpoint):
+    """The rules as an endpoint in this process: every step of a judgment except HTTP, and no package but this one.
+
+    model: the judge's name in every result. rule: (the judge's prompt, whether log-probabilities are wanted) -> (its
+    reply, likeliest first tokens); another rule needs another name.
+    """
+
+    base_url: str = IN_PROCESS
+    model: str = MODEL
+    rule: Callable[[str, bool], tuple[str, Tokens | None]] = verdict
+
+    def __post_init__(self) -> None:
+        """There is no address to check."""
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    async def call(self, params: Mapping[str, Any], messages: list[dict[str, str]]) -> Reply:
+        prompt = _text({"messages": messages})
+        text, top = self.rule(prompt, bool(params.get("logprobs")))
+        return Reply(_choice(text, top), _usage(prompt, text), model=self.model, time=time.time())
+
+    async def models(self) -> list[str]:
+        return [self.model]
+
+    async def close(self) -> None:
+        """Nothing is open."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -217,15 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
             text = ""
         elif judging and _nth(hashed, faults.filter_every):
             text, reason = "", "content_filter"
-        choice: dict[str, Any] = {
-            "index": 0,
-            "finish_reason": reason,
-            "message": {"role": "assistant", "content": text},
-        }
-        if top:
-            alternatives = [{"token": t, "bytes": list(t.encode()), "logprob": p} for t, p in top]
-            choice["logprobs"] = {"content": [alternatives[0] | {"top_logprobs": alternatives}]}
-        tokens_in, tokens_out = len(prompt) // 5 + 1, len(text) // 5 + 1
+        choice = _choice(text, top, reason)
+        tokens_in, tokens_out = _usage(prompt, text)
         usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}
         answer = {"id": f"rule-{number}", "object": "chat.completion", "created": int(time.time()), "model": MODEL}
         answer |= {"system_fingerprint": "rules-1", "choices": [choice]}
