@@ -63,10 +63,12 @@ def report_mt_bench(
 
 @alpaca_app.command("report")
 def report_alpaca(
-    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS.json", help="One model's annotations.")],
+    annotations: Annotated[
+        list[Path], typer.Argument(metavar="ANNOTATIONS.json...", help="One file a model or judge.")
+    ],
     out: Page = Path("alpaca-eval.html"),
     outputs: Annotated[
-        Path | None, typer.Option(help="The model's model_outputs.json, beside which its prompts are.")
+        list[Path] | None, typer.Option(help="A model's model_outputs.json (can be repeated), for its prompts.")
     ] = None,
     instructions: Annotated[Path | None, typer.Option(help="The benchmark's rows; default: the data folder's.")] = None,
     length_control: Annotated[
@@ -95,11 +97,14 @@ def report_alpaca(
 
             gamed = load_gamed(find_data("alpaca gamed", data_dir))
         asked = instructions_or_none(instructions, data_dir, needed=length_control)
-        rows = alpaca_eval.load_annotations(annotations)
-        result = summarize(rows, asked, gamed)
-        rendered = report.load_rendered(outputs) if outputs else []
-        about = report.load_about(annotations)
-        page = report.alpaca_page(rows, result, about, rendered, checked=asked is not None)
+        rendered = {alpaca_eval.load_outputs(path)[0].generator: report.load_rendered(path) for path in outputs or ()}
+        pages = []
+        for path in annotations:
+            rows = alpaca_eval.load_annotations(path)
+            result, about = summarize(rows, asked, gamed), report.load_about(path)
+            prompts = rendered.pop(result["model"], [])
+            pages.append(report.alpaca_page(rows, result, about, prompts, checked=asked is not None))
+        page = report.joined(pages)
         write_whole(out, page.html())
         _tell(out, page.alarms)
 

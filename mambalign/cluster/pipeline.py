@@ -6,7 +6,8 @@ resources: {gpus: 1-4, cpus: 8, memory: 64GB, time: 4h}     # of every stage; a 
 stages:
   sft: {recipe: recipes/tiny/sft/config_full.yaml}
   dpo: {recipe: recipes/tiny/dpo/config_full.yaml, model: sft, overrides: {beta: 0.05}}
-  eval: {command: "lm-eval --model_args pretrained=${dpo.output_dir}", resources: {gpus: 1}}
+  mt-bench: {model: dpo, output_dir: runs/mt-bench, judge: {base_url: http://127.0.0.1:8000/v1, model: my-judge}}
+  more: {command: "lm-eval --model_args pretrained=${dpo.output_dir}", resources: {gpus: 1}}
 ```
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from mambalign.cluster.evaluation import EVALUATIONS, evaluation_command
 from mambalign.cluster.keys import (
     ClusterError,
     block,
@@ -39,7 +41,8 @@ from mambalign.cluster.keys import (
 )
 
 TRAINING = ("cpt", "sft", "dpo", "reward")
-KINDS = (*TRAINING, "merge", "command")
+KINDS = (*TRAINING, "merge", *EVALUATIONS, "command")
+_OF_EVALUATIONS = ("answer", "judge", "report")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _REFERENCE = re.compile(r"\$\{([^${}\s]*)\.([A-Za-z_]\w*)\}")
 
@@ -136,6 +139,10 @@ class _Written:
     overrides: dict[str, Any] = key({}, plain_map, "Keys of the recipe that are different here.")
     model: str | None = key(None, text, "Stage (or path, or hub id) whose model this one starts from.")
     command: str | None = key(None, block, "Shell command of any other stage.")
+    answer: dict[str, Any] = key({}, plain_map, "Of an evaluation: options of `mambalign eval ... answer`.")
+    judge: dict[str, Any] = key({}, plain_map, "Of an evaluation: base_url, model and other options of the judge.")
+    report: dict[str, Any] = key({}, plain_map, "Of an evaluation: options of `mambalign eval ... report`.")
+    data_dir: str | None = key(None, text, "Of an evaluation: folder with the benchmark's files.")
     output_dir: str | None = key(None, text, "Folder the stage writes; default: its recipe's.")
     needs: tuple[str, ...] = key((), texts, "Stages that must have finished before, beside those it refers to.")
     inputs: tuple[str, ...] = key((), texts, "Local files it reads, to be taken along where no file system is shared.")
@@ -196,9 +203,10 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _texts_of(stage: _Written) -> Iterable[str]:
-    yield from filter(None, (stage.command, stage.recipe, stage.output_dir, stage.model))
+    yield from filter(None, (stage.command, stage.recipe, stage.output_dir, stage.model, stage.data_dir))
     yield from (*stage.inputs, *stage.outputs, *stage.env.values())
-    yield from _leaves(stage.overrides)
+    for values in (stage.overrides, stage.answer, stage.judge, stage.report):
+        yield from _leaves(values)
 
 
 def _leaves(value: Any) -> Iterable[str]:
@@ -366,6 +374,11 @@ def _resolve(
             raise ClusterError(f"{where}: merge needs `model:` (what to merge) and `output_dir:` (where to)")
         shell = f"mambalign merge {shlex.quote(model)} {shlex.quote(stage.output_dir)}"
         stage = replace(stage, shell=shell, inputs=(model, *inputs))
+    elif kind in EVALUATIONS:
+        options = {verb: fill(getattr(written, verb)) for verb in _OF_EVALUATIONS}
+        data_dir = fill(written.data_dir)
+        shell = evaluation_command(kind, model, stage.output_dir or "", options, data_dir, where)
+        stage = replace(stage, shell=shell, inputs=tuple(dict.fromkeys((model, *filter(None, [data_dir]), *inputs))))
     else:
         named = [_output_of(done[other], where) for other, _ in _REFERENCE.findall(str(written.command))]
         found = dict.fromkeys((*([model] if model else []), *named, *inputs))
@@ -395,6 +408,7 @@ def _kind(name: str, written: _Written, where: str) -> str:
     if kind == "command" and not written.command:
         raise ClusterError(f"{where}: command is missing: what to run")
     useless = [n for n in ("recipe", "overrides") if getattr(written, n) and kind not in TRAINING]
+    useless += [n for n in (*_OF_EVALUATIONS, "data_dir") if getattr(written, n) and kind not in EVALUATIONS]
     useless += ["command"] if written.command and kind != "command" else []
     if useless:
         raise ClusterError(f"{where}: {useless[0]} means nothing for a {kind} stage; leave it out")

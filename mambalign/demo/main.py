@@ -28,6 +28,7 @@ from transformers.utils import logging as hf_logging
 
 from mambalign.data.chat import apply_template
 from mambalign.demo import tasks
+from mambalign.demo.benchmark import run_mt_bench
 from mambalign.demo.evaluate import Difference, Evaluation, converse, difference, judge, reply_to
 from mambalign.demo.report import percent, read_metrics, write_report
 from mambalign.demo.tokenizer import build_tokenizer
@@ -37,7 +38,7 @@ from mambalign.models.files import write_json
 from mambalign.recipe import Recipe, UserError
 from mambalign.train.run import run
 
-SETTINGS_FILE, RESULTS_FILE, LOG_FILE = "demo.json", "evaluation.json", "training.log"
+SETTINGS_FILE, RESULTS_FILE, LOG_FILE, MT_BENCH = "demo.json", "evaluation.json", "training.log", "mt-bench"
 SUMMARY = (
     "A small Mamba from scratch, on a CPU: pre-trained on plain text, fine-tuned to follow instructions (SFT), then "
     "aligned to close every reply kindly (DPO). In the fine-tuning data only those who ask politely get a kind reply; "
@@ -274,23 +275,27 @@ def _one_thread() -> Iterator[None]:
 
 def _finished_results(folder: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")))
+        results = dict(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+    return results if "mt_bench" in results else None  # else of an earlier version
 
 
 def evaluate(folder: Path, settings: Settings) -> dict[str, Any]:
     """Ask the three models the held-out questions; everything the table and the report say."""
     problems = tasks.held_out_problems(settings.per_task, settings.seed)
     questions = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-    evaluations = []
+    evaluations, models = [], {}
     for stage, (name, title) in MODELS.items():
         model, tokenizer = load_model(folder / stage), load_tokenizer(folder / stage)
+        models[name] = (str(folder / stage), model, tokenizer)
         started = time.perf_counter()
         replies = reply_to(model, tokenizer, questions)
         evaluations.append(judge(name, title, problems, replies, time.perf_counter() - started))
     conversation = converse(model, tokenizer, _chat_questions(settings.seed))
-    return summarise(folder, settings, problems, evaluations, conversation, sum(p.numel() for p in model.parameters()))
+    parameters = sum(p.numel() for p in model.parameters())
+    results = summarise(folder, settings, problems, evaluations, conversation, parameters)
+    return results | {"mt_bench": run_mt_bench(folder / MT_BENCH, models, settings.seed)}
 
 
 def _chat_questions(seed: int) -> list[str]:
@@ -408,8 +413,28 @@ def show(results: dict[str, Any], console: Console) -> None:
     for target in results["targets"]:
         verdict = "[green]met[/]    " if target["met"] else "[red]not met[/]"
         console.print(f"  {verdict} {target['text']}", soft_wrap=True)
+    show_mt_bench(results, console)
     console.print("\n[bold]A conversation with the aligned model[/]")
     for message in results["conversation"]:
         colour = "blue" if message["role"] == "user" else "green"
         said = escape(message["content"])
         console.print(f"  [{colour}]{message['role']:>9}[/]  {said}", highlight=False, soft_wrap=True)
+
+
+def show_mt_bench(results: dict[str, Any], console: Console) -> None:
+    """The scores of the evaluation in MT-Bench's format, named after who judged."""
+    found = results["mt_bench"]
+    console.print(
+        f"\n{found['questions']} two-turn questions in MT-Bench's format (not MT-Bench), rated 1 to 10 by "
+        f"{found['judge']}: 10 right and kind, 8 right, 3 kind but wrong, 1 neither",
+        soft_wrap=True,
+    )
+    table = Table()
+    for column in ("", "turn 1", "turn 2", "both", "95% interval, by question"):
+        table.add_column(column)
+    titles = {model["name"]: model["title"] for model in results["models"]}
+    for name, scores in found["scores"].items():
+        means = (f"{scores[key]:.2f}" for key in ("first_turn", "second_turn", "average"))
+        low, high = scores["errors"]["average"]["interval"]
+        table.add_row(titles[name], *means, f"{low:.2f} – {high:.2f}")
+    console.print(table)

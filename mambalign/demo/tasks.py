@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 CATEGORIES = {
@@ -221,6 +221,12 @@ _TOPICS: dict[Callable[[random.Random], Topic], tuple[str, ...]] = {
     _mixed_bag: ("pick",),
     _belongings: ("lookup",),
 }
+CONVERSATIONS = {  # categories of two-turn questions: what the first turn asks
+    "positions": ("first", "last"),
+    "copying": ("repeat", "reverse"),
+    "counting": ("count",),
+    "finding": ("lookup", "pick"),
+}
 TASKS = tuple(task for tasks in _TOPICS.values() for task in tasks)
 
 
@@ -250,6 +256,27 @@ def make_problem(task: str, rng: random.Random, *, held_out: bool = False) -> Pr
     make = next(make for make, tasks in _TOPICS.items() if task in tasks)
     topic = _draw(make, rng, held_out)
     return _problem(topic, rng.choice([fact for fact in topic.facts if fact.task == task]), rng)
+
+
+def held_out_conversations(per_category: int, seed: int) -> list[tuple[str, Problem, Problem]]:
+    """(category, question, question that follows) of held-out topics: `per_category` of each of
+    :data:`CONVERSATIONS`, no two about the same."""
+    rng = random.Random(f"conversations-{seed}")
+    made, seen = [], set()
+    for category, of in CONVERSATIONS.items():
+        task = 0
+        while task < per_category:
+            wanted = of[task % len(of)]
+            topic = _draw(next(make for make, tasks in _TOPICS.items() if wanted in tasks), rng, True)
+            first = rng.choice([fact for fact in topic.facts if fact.task == wanted])
+            then = rng.choice([fact for fact in topic.facts if fact != first])
+            if topic.content in seen:
+                continue
+            seen.add(topic.content)
+            following = replace(_problem(topic, then, rng), prompt=then.follow_up)
+            made.append((category, _problem(topic, first, rng), following))
+            task += 1
+    return made
 
 
 def _polite(prompt: str) -> str:

@@ -468,6 +468,16 @@ def alpaca_page(
     return Page(who, "AlpacaEval", alarms, judge_warnings([judge], [about] if about else []), sections)
 
 
+def joined(pages: Sequence[Page]) -> Page:
+    """Several pages of one benchmark as one."""
+
+    def all_of(name: str) -> list[Any]:
+        return [each for page in pages for each in getattr(page, name)]
+
+    alarms, warnings = (list(dict.fromkeys(all_of(name))) for name in ("alarms", "warnings"))
+    return Page("; ".join(page.title for page in pages), pages[0].kicker, alarms, warnings, all_of("sections"))
+
+
 def _annotation_card(row: Mapping[str, Any]) -> dict[str, Any]:
     raw = row.get("raw_completion")
     wrote = raw.get("text") if isinstance(raw, Mapping) else raw

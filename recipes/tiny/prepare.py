@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from mambalign.demo.tasks import chat_rows, preference_rows
+from mambalign.demo.benchmark import write_alpaca, write_mt_bench
+from mambalign.demo.tasks import chat_rows, held_out_conversations, held_out_problems, preference_rows
 from mambalign.demo.tokenizer import build_tokenizer
 
 
@@ -43,7 +44,9 @@ def main(folder: Path) -> None:
     )
     MambaForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    print(f"wrote {folder}/base, {folder}/sft and {folder}/dpo")
+    write_mt_bench(folder / "eval", held_out_conversations(2, seed=0))
+    write_alpaca(folder / "eval", held_out_problems(2, seed=0))
+    print(f"wrote {folder}/base, {folder}/sft, {folder}/dpo and {folder}/eval")
 
 
 if __name__ == "__main__":
