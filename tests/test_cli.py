@@ -23,7 +23,8 @@ VERBS = [
 ]
 NESTED = [
     *("recipes list", "recipes show", "recipes keys", "eval fetch-data", "eval calibrate"),
-    *(f"eval {bench} {verb}" for bench in ("mt-bench", "alpaca") for verb in ("answer", "judge", "show")),
+    *(f"eval {bench} {verb}" for bench in ("mt-bench", "alpaca") for verb in ("answer", "judge", "show", "report")),
+    "eval compare",
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mambalign.demo import tasks
 from mambalign.demo.evaluate import MAX_NEW_TOKENS
-from mambalign.demo.tasks import Problem, grade
+from mambalign.demo.tasks import Grade, Problem, grade
 from mambalign.evals import judging, mt_bench_scores, report
 from mambalign.evals.answers import EngineModel, answer_mt_bench
 from mambalign.evals.mt_bench import load_questions
@@ -27,14 +27,19 @@ JUDGE = "demo-program-not-a-language-model"
 RATINGS = {(True, True): 10, (True, False): 8, (False, True): 3, (False, False): 1}  # (right, kind)
 PER_CATEGORY = 5
 Conversation = tuple[str, Problem, Problem]
+_SYSTEM = "Rate the last answer."
 _ONE_TURN = "[Question]\n{question}\n\n[The Start of Assistant's Answer]\n{answer}\n[The End of Assistant's Answer]"
 _TWO_TURNS = (
     "<|The Start of Assistant A's Conversation with User|>\n\n### User:\n{question_1}\n\n### Assistant A:\n{answer_1}"
     "\n\n### User:\n{question_2}\n\n### Assistant A:\n{answer_2}\n\n<|The End of Assistant A's Conversation with User|>"
 )
-_READ_ONE = re.compile(r"\[Question\]\n(.*?)\n\n\[The Start of.*?\]\n(.*)\n\[The End of", re.DOTALL)
+# Read from the front and with the shortest first answer, so that an answer that imitates what follows it is part of the
+# answer, and wrong.
+_READ_ONE = re.compile(r"\[Question\]\n(.*?)\n\n\[The Start of.*?\]\n(.*)\n\[The End of .*", re.DOTALL)
 _READ_TWO = re.compile(
-    r"### User:\n(.*?)\n\n### Assistant A:\n.*\n\n### User:\n(.*?)\n\n### Assistant A:\n(.*)\n\n<\|The End", re.DOTALL
+    r"<\|The Start of.*?### User:\n(.*?)\n\n### Assistant A:\n.*?\n\n### User:\n(.*?)\n\n### Assistant A:\n(.*)"
+    r"\n\n<\|The End of .*",
+    re.DOTALL,
 )
 _RANKING = """<|im_start|>system
 You compare two answers to one instruction.
@@ -55,7 +60,7 @@ def write_mt_bench(folder: Path, conversations: Iterable[Conversation]) -> None:
         for number, (category, first, then) in enumerate(conversations, 1)
     ]
     names = {"single-v1": _ONE_TURN, "single-v1-multi-turn": _TWO_TURNS}
-    about = {"type": "single", "system_prompt": "Rate the last answer.", "output_format": "[[rating]]"}
+    about = {"type": "single", "system_prompt": _SYSTEM, "output_format": "[[rating]]"}
     prompts = [{"name": name, "prompt_template": template, **about} for name, template in names.items()]
     _write_lines(folder / "mt_bench" / "question.jsonl", questions)
     _write_lines(folder / "mt_bench" / "judge_prompts.jsonl", prompts)
@@ -87,11 +92,13 @@ def grader(conversations: Iterable[Conversation]) -> Callable[[str, bool], tuple
         expected |= {(first.prompt,): first, (first.prompt, then.prompt): then}
 
     def rule(prompt: str, logprobs: bool) -> tuple[str, None]:
-        read = _READ_TWO.search(prompt) or _READ_ONE.search(prompt)
+        shown = prompt.removeprefix(f"{_SYSTEM}\n")
+        read = _READ_ONE.fullmatch(shown) or _READ_TWO.fullmatch(shown)
         if read is None:
             return "This is no answer to rate.", None
         *asked, answer = read.groups()
-        graded = grade(expected[tuple(asked)], answer)
+        problem = expected.get(tuple(asked))  # none: an answer imitates a question
+        graded = grade(problem, answer) if problem else Grade(correct=False, kind=False)
         words = f"{'right' if graded.correct else 'wrong'}, {'with' if graded.kind else 'without'} a kind closing"
         return f"By program, not by a language model: {words}. Rating: [[{RATINGS[graded]}]]", None
 
