@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -293,10 +294,13 @@ def test_what_cannot_be_compared(
     assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
 
 
-def test_the_rule_judge_needs_no_server_and_names_itself(write: Write, tmp_path: Path) -> None:
+def test_the_rule_judge_needs_no_server_and_names_itself(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And gives the verdicts it gives over HTTP."""
     from mambalign.evals.rule_judge import verdict
 
+    monkeypatch.setitem(sys.modules, "openai", None)  # `make demo` installs no extra
     data = tmp_path / "data"
     write("data/question.jsonl", {"question_id": 1, "category": "poems", "turns": ["What is it?", "And then?"]})
     shown = "[Question]\n{question}\n\n[The Start of Assistant's Answer]\n{answer}\n[The End of Assistant's Answer]"
