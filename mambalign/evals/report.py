@@ -18,13 +18,14 @@ from markupsafe import Markup, escape
 
 from mambalign.data.json_rows import json_rows
 from mambalign.evals import alpaca_scores, mt_bench_scores
-from mambalign.evals.alpaca_eval import TIE
+from mambalign.evals.alpaca_eval import N_INSTRUCTIONS, TIE
 from mambalign.evals.answers import rendered_file
 from mambalign.evals.mt_bench import ERROR_ANSWER, Answer, Question, load_answers
 from mambalign.evals.mt_bench_scores import FAILED_VERDICT, Duplicates, Judgment, PairJudgment
 from mambalign.evals.rule_judge import MODEL as RULES
 
 WORST = 10
+QUESTION_IDS = frozenset(range(81, 161))  # MT-Bench's
 NAMED = 8  # how many missing things a banner names
 COLOURS = ("#3569c9", "#0e8f72", "#cf4f36", "#8a5cc2", "#b8860b", "#667085")
 Section = dict[str, Any]
@@ -202,7 +203,17 @@ def mt_bench_page(
     judges = list(dict.fromkeys(result["judge"] for result in results))
     models = ", ".join(dict.fromkeys(result["model"] for result in results))
     title = f"{models}, judged by {', '.join(judges)}"
-    return Page(title, "MT-Bench, single answers", alarms, judge_warnings(judges, abouts), sections)
+    kicker = f"{_benchmark(judgments, questions)}, single answers"
+    return Page(title, kicker, alarms, judge_warnings(judges, abouts), sections)
+
+
+def _benchmark(judgments: Sequence[Judgment | PairJudgment], questions: Sequence[Question] | None) -> str:
+    """The name is the benchmark's only where its questions were asked."""
+    if questions is None:
+        own = {j.question_id for j in judgments} <= QUESTION_IDS
+    else:
+        own = {question.question_id for question in questions} == QUESTION_IDS
+    return "MT-Bench" if own else "MT-Bench's format, other questions"
 
 
 def _missing(result: Mapping[str, Any], questions: Mapping[int, Question] | None) -> list[str]:
@@ -393,7 +404,9 @@ def pair_page(
     ]
     against = f" against {baseline}" if baseline else ""
     title = f"{', '.join(m for m in models if m != baseline)}{against}, judged by {', '.join(judges)}"
-    return Page(title, "MT-Bench, pairwise", alarms, judge_warnings(judges, abouts), sections)
+    return Page(
+        title, f"{_benchmark(judgments, questions)}, pairwise", alarms, judge_warnings(judges, abouts), sections
+    )
 
 
 # AlpacaEval ---------------------------------------------------------------------------------------------------------
@@ -415,7 +428,7 @@ def alpaca_page(
         alarms.append(f"{model}: {result['n_missing']} instructions have no verdict by {judge}")
     alarms += [f"{model}: {line}" for line in about_missing(about or {}, model)]
     who = f"{model} against {reference}, judged by {judge}" + (" (NOT FINAL)" if alarms else "")
-    own, theirs = result["avg_length"], result["reference_length"]
+    length, theirs = result["avg_length"], result["reference_length"]
     numbers = [
         ("win rate, %", number(result["win_rate"]), number(result["standard_error"]), interval(result["interval"])),
         ("discrete win rate, %", number(result["discrete_win_rate"]), "", ""),
@@ -432,7 +445,7 @@ def alpaca_page(
     counts = [
         ("wins, losses, draws", f"{result['n_wins']}, {result['n_wins_base']}, {result['n_draws']}"),
         ("verdicts", str(result["n_total"])),
-        ("mean length, characters", f"{own}; the reference's {theirs} ({own - theirs:+})"),
+        ("mean length, characters", f"{length}; the reference's {theirs} ({length - theirs:+})"),
     ]
     datasets = [(name, number(part["win_rate"]), str(part["n"])) for name, part in result["datasets"].items()]
     read = sorted((row for row in annotations if row["preference"] is not None), key=lambda row: row["preference"])
@@ -465,7 +478,9 @@ def alpaca_page(
             }
         )
     sections += _prompt_sections(model, rendered)
-    return Page(who, "AlpacaEval", alarms, judge_warnings([judge], [about] if about else []), sections)
+    own = not checked or len(annotations) + result["n_missing"] == N_INSTRUCTIONS
+    kicker = "AlpacaEval" if own else "AlpacaEval's format, other instructions"
+    return Page(who, kicker, alarms, judge_warnings([judge], [about] if about else []), sections)
 
 
 def joined(pages: Sequence[Page]) -> Page:

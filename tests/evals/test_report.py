@@ -113,7 +113,7 @@ def test_a_page_escapes_what_models_and_judges_wrote(write: Write, data: Path, a
         and [int(score) for _, _, score in heads] == sorted(i + turn for i in range(6) for turn in (1, 2))[:10]
     )
     assert page.text.count("judged by my-judge") >= 5
-    assert "svg" in page.tags and "4.00" in page.text
+    assert "svg" in page.tags and "4.00" in page.text and "MT-Bench's format, other questions" in page.text
 
 
 def test_a_page_is_not_final_while_a_verdict_or_an_answer_is_missing(
@@ -150,6 +150,19 @@ def test_unread_verdicts_are_listed_with_their_bounds(write: Write, data: Path, 
     assert "is rule-based, not a language model" in text
 
 
+def test_a_page_is_named_after_the_benchmark_only_where_its_questions_were_asked(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [{"question_id": i, "category": "math", "turns": ["a", "b"]} for i in range(81, 161)]
+    file = write("j.jsonl", *[rating(i, turn, 5) for i in range(81, 161) for turn in (1, 2)])
+    write("data/question.jsonl", *questions)
+    assert run("mt-bench", "report", file, "--data-dir", tmp_path / "data", "--out", tmp_path / "p.html").exit_code == 0
+    assert "MT-Bench, single answers" in read(tmp_path / "p.html").text
+    monkeypatch.setattr("mambalign.evals.data.DEFAULT_FOLDER", tmp_path / "nowhere")
+    done = run("mt-bench", "report", file, "--out", tmp_path / "p.html")
+    assert "NOT FINAL: no question file" in done.output and "(NOT FINAL)" in read(tmp_path / "p.html").text
+
+
 def preference(i: int, value: float | None, model: str = "m", judge: str = "my-judge") -> dict[str, Any]:
     about = {"generator_1": "ref", "generator_2": model, "annotator": judge, "dataset": f"set<b>{i % 2}"}
     texts = {"output_1": f"ref {EVIL}", "output_2": f"own {EVIL}" + "x" * i, "raw_completion": f"so {EVIL}"}
@@ -166,7 +179,15 @@ def test_alpaca_page(write: Write, data: Path, tmp_path: Path) -> None:
     done = run("alpaca", "report", file, "--data-dir", data, "--out", out, "--outputs", tmp_path / "model_outputs.json")
     assert done.exit_code == 0 and "NOT FINAL" not in done.output, done.output
     text = read(out).text
-    for part in ("41.67", f"own {EVIL}", f"so {EVIL}", f"given {EVIL}", "The 2 worst losses", "31.25 to 56.25"):
+    for part in (
+        "AlpacaEval's format, other instructions",
+        "41.67",
+        f"own {EVIL}",
+        f"so {EVIL}",
+        f"given {EVIL}",
+        "The 2 worst losses",
+        "31.25 to 56.25",
+    ):
         assert part in text, part
     assert text.index("preference for the model 0.000") < text.index("preference for the model 0.250")
     assert "preference for the model 1.000" not in text
