@@ -50,15 +50,13 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        return environment.get_template("report.html.j2").render(**vars(self))
+        page = environment.get_template("report.html.j2").render(**vars(self))
+        return page.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can spell and UTF-8 cannot
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A model's answer file and, where there is one, the file beside it that says what the model was given.
-
-    rendered: its rows; `partial`: they are of answers that are not all there.
-    """
+    """A model's answers and, where they are known, the rows that say what it was given (`load_rendered`)."""
 
     answers: Mapping[int, Answer]
     rendered: list[dict[str, Any]]

@@ -150,6 +150,12 @@ def test_unread_verdicts_are_listed_with_their_bounds(write: Write, data: Path, 
     assert "is rule-based, not a language model" in text
 
 
+def test_half_a_surrogate_pair_does_not_stop_a_page(write: Write, data: Path, tmp_path: Path) -> None:
+    file = write("j.jsonl", rating(0, 1, 2) | {"judgment": "broken \ud83d here"})
+    done = run("mt-bench", "report", file, "--data-dir", data, "--out", tmp_path / "p.html")
+    assert done.exit_code == 0 and "broken ? here" in read(tmp_path / "p.html").text
+
+
 def test_a_page_is_named_after_the_benchmark_only_where_its_questions_were_asked(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
