@@ -21,7 +21,7 @@ from mambalign.evals import alpaca_scores, mt_bench_scores
 from mambalign.evals.alpaca_eval import N_INSTRUCTIONS, TIE
 from mambalign.evals.answers import rendered_file
 from mambalign.evals.mt_bench import ERROR_ANSWER, Answer, Question, load_answers
-from mambalign.evals.mt_bench_scores import FAILED_VERDICT, Duplicates, Judgment, PairJudgment
+from mambalign.evals.mt_bench_scores import Duplicates, Judgment, PairJudgment
 from mambalign.evals.rule_judge import MODEL as RULES
 
 WORST = 10
@@ -383,10 +383,11 @@ def pair_page(
             f"what was shown first won {result['first_shown']:.1%} of the decided games "
             f"(p = {result['first_shown_p']:.2g})"
         )
-    lost = [j for j in judgments if j.winner not in ("tie", FAILED_VERDICT, j.models[0])]
+    met = [(j, j.models[::-1] if j.models[0] == baseline else j.models) for j in judgments]
+    lost = [(j, *models) for j, models in met if j.winner == models[1]]
     cards = [
         {
-            "head": f"question {j.question_id}, turn {j.turn}: {j.models[0]} lost to {j.models[1]}, by {j.judge}",
+            "head": f"question {j.question_id}, turn {j.turn}: {model} lost to {other}, by {j.judge}",
             "texts": _present(
                 ("question", by_id[j.question_id].turns[j.turn - 1] if by_id and j.question_id in by_id else None),
                 ("what the judge wrote, first order", j.row.get("g1_judgment")),
@@ -394,7 +395,7 @@ def pair_page(
             ),
             "folds": [fold("what the judge was shown", [("", j.row.get("g1_user_prompt"))])],
         }
-        for j in lost[:WORST]
+        for j, model, other in lost[:WORST]
     ]
     sections = [
         {"title": f"Wins, losses, ties{state}", "tables": tables, "lines": lines},

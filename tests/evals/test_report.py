@@ -208,6 +208,9 @@ def test_pair_page(write: Write, data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "NOT FINAL" not in done.output, done.output
     text = read(out).text
     assert "m against base, judged by my-judge" in text and "10 of 12" in text and f"g1 {EVIL}" in text
+    assert "m lost to base" in text
+    run("mt-bench", "report", write("p.jsonl", *rows), "--data-dir", data, "--out", out, "--baseline", "m")
+    assert "0 of 0" in read(out).text and "lost to" not in read(out).text  # base, of which this now is, won them all
 
 
 def pair(number: int, turn: int, winner: str, text: str = "", model: str = "m") -> dict[str, Any]:
