@@ -50,8 +50,6 @@ DEFAULT_TARGETS = ("in_proj", "out_proj")
 # Nine tenths of the parameters are in_proj and out_proj, and only they are quantised. x_proj and dt_proj are small and
 # feed an exponential; embeddings and head meet every token.
 NOT_QUANTISED = ("x_proj", "dt_proj", "lm_head")
-# Beside a checkpoint's adapter: the trained tensors as they are in memory, for resuming.
-TRAINED = "trained.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------- asking for them
@@ -339,9 +337,10 @@ class Audit:
         Raises:
             UserError: names the tensors that got none.
         """
-        alive = {name for name in self._waiting if self._has_gradient(self._parameters[name])}
+        # In the same order on every process: a gradient in shards is gathered.
+        alive = {name for name in sorted(self._waiting) if self._has_gradient(self._parameters[name])}
         self._waiting -= alive
-        dead = sorted(name for name in self._waiting if not self._excused(name))
+        dead = [name for name in sorted(self._waiting) if not self._excused(name)]
         if dead:
             kinds = Counter(_kind_of_parameter(name) for name in dead)
             shown = ", ".join(plain(name) for name in dead[:3]) + (" ..." if len(dead) > 3 else "")
@@ -355,11 +354,15 @@ class Audit:
 
     @staticmethod
     def _has_gradient(parameter: Tensor) -> bool:
-        return parameter.grad is not None and bool(parameter.grad.any())
+        return parameter.grad is not None and bool(_whole(parameter.grad).any())
 
     def _excused(self, name: str) -> bool:
         other = re.sub(r"lora_(embedding_)?([AB])\.", lambda m: f"lora_{m[1] or ''}{'BA'['AB'.index(m[2])]}.", name)
-        return other != name and not bool(self._parameters[other].any())
+        return other != name and not bool(_whole(self._parameters[other].detach()).any())
+
+
+def _whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _kind_of_parameter(name: str) -> str:
@@ -428,7 +431,7 @@ class Adapters:
         """Write `adapter_config.json` and `adapter_model.safetensors`, and what a resume needs beside them."""
         Writer(self.model, self.base, self.dropout, self.full, self.untied).write(folder)
         if for_resuming:
-            save_tensors(self.trained(), folder / TRAINED)
+            save_tensors(self.trained(), folder / files.TRAINED)
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
@@ -437,10 +440,12 @@ class Adapters:
         Raises:
             UserError: they are not the ones that train here.
         """
-        found, wanted = files.read_tensors([folder / TRAINED]), self.trained()
+        found, wanted = files.read_tensors([folder / files.TRAINED]), self.trained()
         differing = sorted(found.keys() ^ wanted.keys()) or [n for n in found if found[n].shape != wanted[n].shape]
         if differing:
-            raise UserError(f"{folder / TRAINED} is of other adapters than the recipe's: {', '.join(differing[:3])}")
+            raise UserError(
+                f"{folder / files.TRAINED} is of other adapters than the recipe's: {', '.join(differing[:3])}"
+            )
         for name, value in found.items():
             wanted[name].copy_(value)
 

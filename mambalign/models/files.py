@@ -30,6 +30,7 @@ SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINED = "trained.safetensors"  # beside a checkpoint's adapter: what trains, as it is in memory
 LINEAGE = "lineage.json"  # what a model or an adapter was made from
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 

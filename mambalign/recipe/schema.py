@@ -320,8 +320,8 @@ class Recipe:
     hub_private_repo: bool | None = _arg(None, "saving", "Make the repository private.")
     hub_revision: str | None = _arg(None, "saving", "Branch to push to.")
 
-    fsdp: str | None = _arg(None, "distributed", "Fully sharded data parallel options.")
-    fsdp_config: dict[str, Any] | None = _arg(None, "distributed", "Arguments of fsdp.")
+    fsdp: str | None = _arg(None, "distributed", "full_shard (FSDP 2): weights and optimizer in shards.")
+    fsdp_config: dict[str, Any] | None = _arg(None, "distributed", "fsdp_version: 2, if anything.")
     deepspeed: str | None = _arg(None, "distributed", "DeepSpeed config file.")
     ddp_backend: str | None = _arg(None, "distributed", "nccl, gloo, ...")
     ddp_find_unused_parameters: bool | None = _arg(None, "distributed", "As in DistributedDataParallel.")

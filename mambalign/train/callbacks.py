@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import TrainerCallback
 
 from mambalign.models import files
@@ -22,10 +21,12 @@ METRICS = "metrics.jsonl"
 class AdapterAudit(TrainerCallback):
     """Stops a run whose adapters do not all train, in its first steps."""
 
-    def __init__(self, model: nn.Module) -> None:
+    _audit: Audit | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         from mambalign.models.adapters import Audit
 
-        self._audit: Audit | None = Audit(model)
+        self._audit = Audit(model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._audit is not None and not self._audit.check():

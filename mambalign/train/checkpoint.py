@@ -11,8 +11,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mambalign.models import files
 
@@ -20,6 +23,7 @@ logger = logging.getLogger("mambalign")
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
+DISK_ERRORS = (OSError, SafetensorError, RuntimeError)  # torch.save's is the last
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -55,6 +59,28 @@ def publish(staged: Path, final: Path) -> None:
         shutil.rmtree(final)
     os.replace(staged, final)
     _sync(final.parent)
+
+
+def failure_of(work: Callable[[], None]) -> str | None:
+    """Do `work`; what went wrong if the disk did not take it."""
+    try:
+        work()
+    except DISK_ERRORS as error:
+        return str(error)
+    return None
+
+
+def conclude(staged: Path, final: Path, failure: str | None, limit: int | None, keep: str | None) -> None:
+    """Publish `staged`, unless there was a `failure`, and `rotate`; say so aloud where there is no checkpoint."""
+    failure = failure or failure_of(lambda: publish(staged, final))
+    if failure is None:
+        rotate(final.parent, limit, keep)
+        return
+    kept = newest_complete(final.parent)
+    logger.error(
+        "saving %s failed (%s); training goes on, the newest complete checkpoint is %s. Free space on %s.",
+        final.name, failure, kept.name if kept else "none yet", final.parent,
+    )  # fmt: skip
 
 
 def fault(folder: Path) -> str | None:

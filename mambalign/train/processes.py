@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from mambalign.data.packing import EpochSampler, PackedRows
+from mambalign.data.packing import EpochSampler, PackedBatch, PackedRows, collate_sequences
 
 
 class FilledRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
@@ -51,3 +52,15 @@ def add_up(values: Mapping[str, float]) -> dict[str, float]:
         for name, value in part.items():
             total[name] = total.get(name, 0) + value
     return total
+
+
+def most(mine: int) -> int:
+    """The largest of the processes' numbers; every process must ask."""
+    count = torch.tensor(mine, device=PartialState().device)
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return int(count)
+
+
+def placeholder() -> PackedBatch:
+    """The smallest batch that passes through every parameter: for a process that has no rows where others have."""
+    return collate_sequences([{"input_ids": [0, 0], "loss_mask": [0, 1], "index": 0}])

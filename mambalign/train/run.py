@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import importlib.util
 import inspect
 import itertools
 import json
@@ -37,7 +38,7 @@ from mambalign.models import files, lineage
 from mambalign.models.checkpoint import add_tokens, holds_reward_model, load_model, load_tokenizer, save_model
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest, seconds
-from mambalign.train import card, checkpoint, curves
+from mambalign.train import card, checkpoint, curves, sharding
 from mambalign.train.callbacks import METRICS, read_metrics
 from mambalign.train.objectives import PreferenceOptions
 from mambalign.train.preemption import Preempted, Preemption
@@ -158,6 +159,7 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments, pr
             adapters=adapters,
             lineage=facts["lineage"],
             preemption=preemption,
+            shards=sharding.wanted(recipe, args.world_size),
         )
     _say_plan(trainer, rows, recipe, stage)
     if isinstance(objective, PreferenceObjective) and objective.options.needs_reference:
@@ -291,15 +293,17 @@ def _resume_point(folder: Path, recipe: Recipe) -> Path | None:
 
 
 def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any, metrics: dict[str, Any]) -> RunResult:
-    if not trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    with sharding.whole(trainer.model, here=first):
+        if first and trainer.adapters is not None:
+            trainer.adapters.save(folder)
+            tokenizer.save_pretrained(folder)
+        elif first:
+            save_model(trainer.accelerator.unwrap_model(trainer.model), folder, tokenizer=tokenizer, overwrite=True)
+    if not first:
         return RunResult(folder, trainer.state.global_step, metrics)
     lines = [line for line in read_metrics(folder / METRICS) if "learning_rate" in line]
     summary = (lines[-1] if lines else {}) | metrics
-    if trainer.adapters is None:
-        save_model(trainer.accelerator.unwrap_model(trainer.model), folder, tokenizer=tokenizer, overwrite=True)
-    else:
-        trainer.adapters.save(folder)
-        tokenizer.save_pretrained(folder)
     files.write_json(folder / files.LINEAGE, trainer.lineage)
     if lines:
         curves.draw([folder], folder / curves.CURVES)
@@ -361,6 +365,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     values = recipe.training_arguments(supported=supported)
     for name in ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"):
         values.pop(name, None)  # `card.push` uploads whole, verified files; see there
+    for name in ("fsdp", "fsdp_config"):
+        values.pop(name, None)  # see `sharding.py`
     loggers = values.get("report_to", [])
     quiet = loggers in ("none", ["none"])
     values |= {
@@ -377,6 +383,11 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         values["greater_is_better"] = False  # transformers would take the largest of all but losses
     if not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False  # nothing to pin for: every run would warn of it
+    sharding.wanted(recipe, processes=1)
+    if recipe.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"deepspeed: {recipe.deepspeed} needs DeepSpeed: pip install deepspeed, or set fsdp: full_shard"
+        )
     unknown = sorted(set(values) - supported)
     if unknown:
         raise UserError(f"the installed transformers does not know {', '.join(unknown)}; leave out or upgrade")

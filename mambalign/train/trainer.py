@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows, collate_sequences
+from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows
 from mambalign.models import files
 from mambalign.train import checkpoint as checkpoints
+from mambalign.train import sharding
 from mambalign.train.callbacks import AdapterAudit, MetricsFile, Milestones
 from mambalign.train.objectives import (
     Completions,
@@ -40,7 +40,7 @@ from mambalign.train.objectives import (
     sft_loss,
 )
 from mambalign.train.preemption import DeafWorker, Preempted, Preemption, held_while_reading, signals_held
-from mambalign.train.processes import FilledRows, FilledSampler, add_up
+from mambalign.train.processes import FilledRows, FilledSampler, add_up, most, placeholder
 
 if TYPE_CHECKING:  # PEFT takes seconds to import
     from mambalign.models.adapters import Adapters
@@ -177,6 +177,7 @@ class PackedTrainer(Trainer):
         adapters: what trains, where that is not the whole model; checkpoints hold it alone.
         lineage: what the run started from (see `lineage.py`).
         preemption: says when to stop, or to save between `save_steps`.
+        shards: every process keeps a part of the model (see `sharding.py`).
     """
 
     def __init__(
@@ -195,8 +196,9 @@ class PackedTrainer(Trainer):
         adapters: Adapters | None = None,
         lineage: dict[str, Any] | None = None,
         preemption: Preemption | None = None,
+        shards: bool = False,
     ):
-        self.adapters, self.lineage = adapters, lineage
+        self.adapters, self.lineage, self.shards = adapters, lineage, shards
         self.preemption = preemption or Preemption()
         self.objective, self.sampler_seed, self.row_ids, self.write_card = objective, sampler_seed, row_ids, write_card
         self._metrics_file, self.milestones = MetricsFile(), Milestones(self)
@@ -207,7 +209,7 @@ class PackedTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=[self._metrics_file, self.milestones] + ([AdapterAudit(model)] if adapters else []),
+            callbacks=[self._metrics_file, self.milestones] + ([AdapterAudit()] if adapters else []),
         )
         self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
         self._sums: dict[str, float | Tensor] = {}
@@ -215,6 +217,8 @@ class PackedTrainer(Trainer):
         self._clock: float | None = None  # set by the first step: loading is not training
         self._indices: list[int] = []  # what the current step has read
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self._staging: str | None = None  # where a checkpoint is in the making
+        self._unsaved: str | None = None  # why it will not be whole
         self._owed: dict[str, bool] | None = None  # an evaluation at this step that is still to come; is a save?
         self._parameters = sum(p.numel() for p in model.parameters())
 
@@ -228,14 +232,21 @@ class PackedTrainer(Trainer):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         total = torch.zeros((), device=self.args.device)
-        if not inputs:
-            # The last round of an epoch had no rows left for this process; the others wait for its gradients: zeros.
-            self.accelerator.backward(0.0 * self.objective.ask(model, _placeholder().to(self.args.device)).sum())
-        for number, batch in enumerate(inputs):
+        passes = self._passes(max(len(inputs), 1))
+        for number in range(passes):
             # DDP decides in the forward pass whether the backward pass will exchange gradients.
-            with nullcontext() if number == len(inputs) - 1 else self.accelerator.no_sync(model):
-                total += self._forward_backward(model, batch.to(self.args.device), num_items_in_batch)
+            with nullcontext() if number == passes - 1 else self.accelerator.no_sync(model):
+                if number < len(inputs):
+                    batch = inputs[number].to(self.args.device)
+                    total += self._forward_backward(model, batch, num_items_in_batch)
+                else:  # no rows left for this process, and the others wait for its gradients: zeros
+                    answer = self.objective.ask(model, placeholder().to(self.args.device))
+                    self.accelerator.backward(0.0 * answer.sum())
         return total
+
+    def _passes(self, mine: int) -> int:
+        """Forward passes of this round: in each, shards are exchanged, so all processes must take as many."""
+        return most(mine) if sharding.is_sharded(self.model) or self.is_deepspeed_enabled else mine
 
     def _forward_backward(self, model: nn.Module, batch: PackedBatch, num_items: Any) -> Tensor:
         with self.compute_loss_context_manager():
@@ -254,6 +265,7 @@ class PackedTrainer(Trainer):
         """Of the whole step, right before the optimizer uses it."""
         norm, indices = super()._get_grad_norm(model, grad_norm), self._indices
         self._indices = []
+        norm = None if norm is None else sharding.whole_tensor(norm)
         # fp16's loss scaling expects overflows: it skips the step and lowers the scale.
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
             step = self.state.global_step + 1
@@ -262,10 +274,12 @@ class PackedTrainer(Trainer):
 
     def check_weights(self) -> None:
         """Raises `NonFiniteLossError` if one is not finite: in 16 bits an optimizer overflows on finite gradients."""
-        for name, parameter in self.model.named_parameters():
-            # What is frozen cannot have changed, and packed 4-bit numbers may look like anything.
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise NonFiniteLossError(self._advice(f"{name} is not finite", self.state.global_step, []))
+        # What is frozen cannot have changed, and packed 4-bit numbers may look like anything.
+        trained = ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
+        broken = (name for name, value in trained if not bool(torch.isfinite(sharding.local_part(value)).all()))
+        name = next(filter(None, gather_object([next(broken, None)])), None)
+        if name is not None:
+            raise NonFiniteLossError(self._advice(f"{name} is not finite", self.state.global_step, []))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         count = sum(self.objective.items(batch) for batches in batch_samples for batch in batches)
@@ -388,6 +402,8 @@ class PackedTrainer(Trainer):
         items, started = 0, time.perf_counter()
         for batches in held_while_reading(loader):
             self.preemption.check("evaluating")
+            for _ in range(len(batches), self._passes(len(batches))):
+                self.objective.ask(model, placeholder().to(self.args.device))
             for batch in batches:
                 batch = batch.to(self.args.device)
                 with self.compute_loss_context_manager():
@@ -452,7 +468,7 @@ class PackedTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------- checkpoints
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return getattr(self, "_staging", None) or super()._get_output_dir(trial)
+        return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Staged, sealed, renamed (see `checkpoint.py`). A failed save is reported and training goes on."""
@@ -465,34 +481,30 @@ class PackedTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         # Every process writes its own random state; the folder is whole when all are done.
-        failures = gather_object([_failure(lambda: self._stage(model, trial, staging, final))])
+        failures = gather_object([checkpoints.failure_of(lambda: self._stage(model, trial, staging, final))])
         if self.args.should_save:
             failure = next(filter(None, failures), None)
-            self._publish(staging / final.name, final, failure)
+            checkpoints.conclude(
+                staging / final.name, final, failure, self.args.save_total_limit, self.state.best_model_checkpoint
+            )
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.preemption.saved(time.monotonic() - started)
 
-    def _publish(self, staged: Path, final: Path, failure: str | None) -> None:
-        failure = failure or _failure(lambda: checkpoints.publish(staged, final))
-        if failure is None:
-            checkpoints.rotate(final.parent, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
-            return
-        kept = checkpoints.newest_complete(final.parent)
-        logger.error(
-            "saving %s failed (%s); training goes on, the newest complete checkpoint is %s. Free space on %s.",
-            final.name, failure, kept.name if kept else "none yet", final.parent,
-        )  # fmt: skip
-
     def _stage(self, model: nn.Module, trial: Any, staging: Path, final: Path) -> None:
-        self._staging: str | None = str(staging)
+        self._staging = str(staging)
         only_model = self.args.save_only_model
         # Whoever is asked to stop is to go on later.
         self.args.save_only_model = only_model and self.preemption.reason is None
+        self._unsaved = None
         try:
             super()._save_checkpoint(model, trial)
+        except checkpoints.DISK_ERRORS as error:
+            self._unsaved = self._unsaved or str(error)  # the first failure is the cause of the others
         finally:
             self._staging, self.args.save_only_model = None, only_model
+        if self._unsaved is not None:
+            raise OSError(self._unsaved)
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}")) if best else None
         if self.args.should_save:
@@ -515,15 +527,46 @@ class PackedTrainer(Trainer):
             self._sums, self._totals = saved["sums"], saved["totals"]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        with sharding.whole(self.model, here=self.args.should_save):
+            if self.args.should_save:
+                folder = Path(output_dir or self.args.output_dir)
+                if self._staging is None:
+                    self._write(folder, state_dict)
+                else:  # `_stage` raises it: whoever left here would leave the others at transformers' next barrier
+                    self._unsaved = checkpoints.failure_of(lambda: self._write(folder, state_dict))
+
+    def _write(self, folder: Path, state_dict: Any) -> None:
         if self.adapters is None:
             super()._save(str(folder), state_dict)
-        elif self.args.should_save:
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             self.adapters.save(folder, for_resuming=True)
             self.processing_class.save_pretrained(folder)
-        if self.lineage is not None and self.args.should_save:
+        if self.lineage is not None:
             files.write_json(folder / files.LINEAGE, self.lineage)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not sharding.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.whole_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not sharding.is_sharded(self.model) or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        sharding.load_whole_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Here the reference pass is over and a checkpoint's weights are loaded, both on the whole model.
+        if self.shards and not sharding.is_sharded(self.model):
+            sharding.shard(self.model, self.accelerator)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.adapters is None:
@@ -532,10 +575,17 @@ class PackedTrainer(Trainer):
             self.adapters.restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if self.adapters is None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if not best.is_dir():
+            logger.error("%s could not be saved, so the last weights stay in its place", best.name)
+            return
+        if sharding.is_sharded(self.model):
+            tensors = files.weight_files(best) if self.adapters is None else [best / files.TRAINED]
+            sharding.load(self.model, files.read_tensors(tensors))
+        elif self.adapters is None:
             super()._load_best_model()
         else:
-            self.adapters.restore(Path(str(self.state.best_model_checkpoint)))
+            self.adapters.restore(best)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A tied head is stored once, as the embedding: it is not missing.
@@ -545,17 +595,3 @@ class PackedTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.write_card is not None:
             self.write_card(Path(self.args.output_dir))
-
-
-def _placeholder() -> PackedBatch:
-    """The smallest batch that passes through every parameter."""
-    return collate_sequences([{"input_ids": [0, 0], "loss_mask": [0, 1], "index": 0}])
-
-
-def _failure(work: Callable[[], None]) -> str | None:
-    """Do `work`; what went wrong if the disk did not take it."""
-    try:
-        work()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        return str(error)
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,24 +14,37 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from mambalign.recipe import Recipe
+from mambalign.models import MambaForCausalLM
+from mambalign.recipe import Recipe, UserError
+from mambalign.train import sharding
 from mambalign.train.preemption import EXIT_CODE, Preempted
 from mambalign.train.processes import FilledRows, FilledSampler, add_up
-from mambalign.train.run import run
+from mambalign.train.run import run, training_arguments
 from mambalign.train.trainer import PackedTrainer
 from tests.train.conftest import history
 
 Make = Callable[..., Recipe]
 
 
-def _rank(rank: int, port: int, stage: str, values: dict[str, Any], stop_at: int | None) -> None:
+def _rank(
+    rank: int,
+    port: int,
+    stage: str,
+    values: dict[str, Any],
+    stop_at: int | None,
+    sabotage: Callable[[int], None] | None,
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     if rank == 1:  # one that is asked to stop is enough
         _stop_at(stop_at)
+    if sabotage is not None:
+        sabotage(rank)
     run(stage, Recipe.from_dict(values))
 
 
@@ -48,14 +62,30 @@ def _stop_at(step: int | None) -> Any:
     return patch.undo
 
 
-def on_two_processes(stage: str, recipe: Recipe, stop_at: int | None = None) -> None:
+def _full_disk(rank: int) -> None:
+    """The first process cannot write the model of checkpoint-3."""
+    real = PreTrainedModel.save_pretrained
+
+    def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(folder).name == "checkpoint-3":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, folder, *args, **kwargs)
+
+    if rank == 0:
+        pytest.MonkeyPatch().setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+
+
+def on_two_processes(
+    stage: str, recipe: Recipe, stop_at: int | None = None, sabotage: Callable[[int], None] | None = None
+) -> None:
     """As torchrun starts them, without its imports."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mambalign.train.run"])
-    ranks = [context.Process(target=_rank, args=(rank, port, stage, recipe.to_dict(), stop_at)) for rank in (0, 1)]
+    facts = stage, recipe.to_dict(), stop_at, sabotage
+    ranks = [context.Process(target=_rank, args=(rank, port, *facts)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -90,6 +120,106 @@ def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_
     (two / "checkpoint-8" / "manifest.json").unlink()
     on_two_processes(stage, shared)
     assert history(two) == before
+
+
+SHARDED: dict[str, Any] = dict(
+    global_batch_size=12, gradient_accumulation_steps=None, per_device_train_batch_size=3, adam_epsilon=1e-3,
+    per_device_eval_batch_size=3, logging_steps=1, eval_strategy="steps", eval_steps=3, save_steps=3, packing=False,
+    load_best_model_at_end=True, max_steps=5, max_grad_norm=0.1,
+)  # fmt: skip
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    for a, b in zip(history(one), history(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    names = [name for name in ("model.safetensors", "adapter_model.safetensors") if (one / name).exists()]
+    expected, found = load_file(one / names[0]), load_file(two / names[0])
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert (value - found[key]).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("reward", dict(gradient_checkpointing=True, bf16=True)),
+        ("dpo", dict(use_peft=True, dtype="bfloat16", lora_dropout=0.0, lora_target_modules=["in_proj", "dt_proj"])),
+    ],
+    ids=["full", "lora"],
+)
+def test_shards_are_one(stage: str, changes: dict[str, Any], recipe: Make, tmp_path: Path) -> None:
+    """Under a token bound processes have unequal numbers of micro-batches, and shards are exchanged in each.
+
+    In bfloat16, too: whatever autocast does on one process, it does on gathered shards.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    changes = SHARDED | dict(max_tokens_per_device=140) | changes
+    run(stage, recipe(stage, output_dir=str(one), **changes))
+    on_two_processes(stage, recipe(stage, output_dir=str(two), fsdp="full_shard", **changes), sabotage=_full_disk)
+    assert_same_run(one, two)
+    assert (two / "checkpoint-3").exists() == bool(changes.get("use_peft"))  # which has another way to the disk
+
+
+def test_shards_are_resumed_in_any_number(recipe: Make, tmp_path: Path) -> None:
+    """Stopped on two, on one, gone on with two: the checkpoints are the same kind, with a state of the optimizer."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    changes = SHARDED | dict(gradient_checkpointing="selective")
+    run("sft", recipe("sft", output_dir=str(one), **changes))
+    shared = recipe("sft", output_dir=str(two), fsdp="full_shard", fsdp_config={"fsdp_version": 2}, **changes)
+    on_two_processes("sft", shared, stop_at=0)
+    undo = _stop_at(1)
+    try:
+        with pytest.raises(Preempted):
+            run("sft", shared)
+    finally:
+        undo()
+    on_two_processes("sft", shared)
+    assert_same_run(one, two)
+    assert transformers.AutoModelForCausalLM.from_pretrained(two).lm_head.weight.isfinite().all()
+
+    before, weights = history(two), load_file(two / "model.safetensors")  # bit for bit on as many
+    state = json.loads((two / "run.json").read_text())
+    (two / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    (two / "checkpoint-5" / "manifest.json").unlink()
+    on_two_processes("sft", shared)
+    assert history(two) == before
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(two / "model.safetensors").items())
+
+
+def test_a_full_disk_is_known_to_all(recipe: Make, tmp_path: Path) -> None:
+    """transformers has a barrier in the middle of a save where there is a best step: nobody may be missing there."""
+    on_two_processes("sft", recipe("sft", output_dir=str(tmp_path), **SHARDED), sabotage=_full_disk)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    state = json.loads((tmp_path / "checkpoint-5/trainer_state.json").read_text())
+    assert state["global_step"] == 5 and state["best_global_step"] in (3, 5)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(fsdp="full_shard offload"), "fsdp: 'offload' is not supported; full_shard is"),
+        (dict(fsdp="ful_shard"), "did you mean 'full_shard'"),
+        (dict(fsdp="full_shard", fsdp_config={"fsdp_version": 1}), "fsdp_config: fsdp_version is 1"),
+        (dict(fsdp="full_shard", fsdp_config={"fsdp_auto_wrap_policy": "x"}), "the model's blocks are the units"),
+        (dict(fsdp="full_shard", fsdp_config={"state_dict_type": "x"}), "any number of processes resumes"),
+        (dict(fsdp="full_shard", fsdp_config={"backward_prefetch": "x"}), "backward_prefetch is not supported"),
+        (dict(fsdp_config={"version": 2}), "fsdp_config: has no effect without fsdp"),
+        (dict(fsdp="full_shard", deepspeed="zero3.json"), "fsdp: does not go together with deepspeed"),
+        (dict(deepspeed="recipes/distributed/zero3.json"), "deepspeed: .*pip install deepspeed"),
+    ],
+)
+def test_what_cannot_be_sharded_is_one_sentence(
+    changes: dict[str, Any], named: str, recipe: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=named):
+        training_arguments(recipe("sft", **changes), tmp_path)
+
+
+def test_a_unit_of_shards_has_one_type() -> None:
+    model = MambaForCausalLM(transformers.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(UserError, match=r"float32 and torch.bfloat16|bfloat16 and torch.float32"):
+        sharding.shard(model.to(torch.bfloat16), None)
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["global_batch_size", "gradient_accumulation_steps"])

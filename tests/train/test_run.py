@@ -446,7 +446,6 @@ def test_bad_input_is_one_sentence(recipe: Make, tmp_path: Path, workbench: Path
         (dict(gradient_checkpointing="selectiv"), "true or false, or one of selective.*did you mean 'selective'"),
         (dict(report_to=["wandb"]), "report_to: .*pip install wandb"),
         (dict(report_to=["paper"]), "report_to: paper is not supported"),
-        (dict(fsdp="full_shard"), "fsdp only works in distributed training"),
     ]
     for changes, named in cases:
         with pytest.raises(ValueError, match=named):
