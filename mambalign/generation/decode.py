@@ -282,16 +282,16 @@ class Projection:
                 columns = (slice(None), slice(at, at + block))
                 product = torch.mm if terms is None else partial(torch.addmm, terms[columns])
                 calls.append(partial(product, x, self.weight[columns], out=out[columns]))
-            biased = not add
+            bias = self.bias if add else None
         else:
             dtype = self.weight.dtype
             narrow = self.decoder.matrix("narrow in", x.shape[0], self.inputs, dtype)
             result = self.decoder.matrix("narrow out", x.shape[0], self.outputs, dtype)
             calls += [partial(narrow.copy_, x), partial(torch.mm, narrow, self.weight, out=result)]
             calls.append(partial(out.add_, result) if add else partial(out.copy_, result))
-            biased = False
-        if self.bias is not None and not biased:
-            calls.append(partial(out.add_, self.bias))
+            bias = self.bias
+        if bias is not None:
+            calls.append(partial(out.add_, bias))
 
 
 class Norm:
@@ -335,14 +335,15 @@ class Step:
         ]
 
     def activate(self, calls: list[Call], x: Tensor) -> None:
+        """The convolution's activation, in place."""
         act = self.act
         if act is None:
-            self.gate(calls, x)
+            self.silu(calls, x)
         else:
             calls.append(lambda: x.copy_(act(x)))
 
-    def gate(self, calls: list[Call], x: Tensor) -> None:
-        """silu in place."""
+    def silu(self, calls: list[Call], x: Tensor) -> None:
+        """In place."""
         if self.decoder.steady(x.shape[1]):
             calls.append(partial(silu, x, out=x))
             return
@@ -387,10 +388,10 @@ class MambaStep(Step):
         self.in_proj.emit(calls, x, xz)
         self.convolve(calls, u[:n], rows, phase, u[:n])
         if self.act is None:
-            self.gate(calls, xz[:n])
+            self.silu(calls, xz[:n])  # one call for both halves
         else:
             self.activate(calls, u[:n])
-            self.gate(calls, z[:n])
+            self.silu(calls, z[:n])
         self.x_proj.emit(calls, u, low)
         B, C = low[:n, rank : rank + N], low[:n, rank + N :]
         if self.eps is not None:
@@ -481,7 +482,7 @@ class Mamba2Step(Step):
             partial(torch.bmm, packed.view(n * G, 1, N), state.flatten(0, 1), out=y.view(n * G, 1, R * P)),
             partial(y.addcmul_, u, self.D),
         ]
-        self.gate(calls, z)
+        self.silu(calls, z)
         if self.kind == GATE_FIRST:
             calls.append(partial(y.mul_, z))
         if self.kind != NO_NORM:
