@@ -81,7 +81,7 @@ class Decoder:
         self._programs: dict[tuple[Plan, int, int], Any] = {}
         self.embedding = effective_weight(model.backbone.embeddings)
         self.head = Projection(self, model.lm_head)
-        self.norm = Norm(self, model.backbone.norm_f)
+        self.norm = Norm(self, model.backbone.norm_f, self.head)
         kind = Mamba2Step if model.config.model_type == "mamba2" else MambaStep
         self.layers: list[Any] = [kind(self, block) for block in model.backbone.layers]
         self.window = len(self.layers[0].taps)
@@ -180,8 +180,9 @@ class Decoder:
         calls += [
             partial(torch.linalg.vector_norm, self.hidden[rows], 2, 1, True, out=length),
             partial(torch.div, self.hidden[rows, : self.norm.size], length, out=out),
-            partial(torch.mul, out, norm.weight, out=out),
         ]
+        if norm.weight is not None:
+            calls.append(partial(out.mul_, norm.weight))
 
     # --------------------------------------------------------------------------- which numbers of rows are the same
 
@@ -265,8 +266,8 @@ class Projection:
         weight = effective_weight(module) if sign > 0 else -effective_weight(module)
         self.outputs, self.inputs = weight.shape
         self.weight = weight.t()
-        self.block = self.outputs
-        if weight.device.type == "cpu" and weight.numel() <= COPIED:
+        self.copied, self.block = weight.device.type == "cpu" and weight.numel() <= COPIED, self.outputs
+        if self.copied:
             # One more vector a row: rows that lie a power of two apart push each other out of the cache.
             self.weight = weight.new_zeros(self.inputs, (self.outputs // ALIGNED + 1) * ALIGNED)[:, : self.outputs]
             self.weight.copy_(weight.t())
@@ -295,11 +296,18 @@ class Projection:
 
 
 class Norm:
-    """Of an RMS norm: `weight * sqrt(H)` and `sqrt(H eps)`, for a row divided by its length (see `Decoder.hidden`)."""
+    """Of an RMS norm: `weight * sqrt(H)` and `sqrt(H eps)`, for a row divided by its length (see `Decoder.hidden`).
 
-    def __init__(self, decoder: Decoder, module: Any):
+    The weight moves into the product that reads the norm where that has a copy of its own as precise; then it is None.
+    """
+
+    def __init__(self, decoder: Decoder, module: Any, reader: Projection):
         self.size = module.weight.shape[0]
-        self.weight = module.weight.detach().to(decoder.dtype) * self.size**0.5
+        weight = module.weight.detach().to(decoder.dtype) * self.size**0.5
+        moves = reader.copied and reader.weight.dtype == decoder.dtype
+        self.weight = None if moves else weight
+        if moves:
+            reader.weight *= weight[:, None]
         self.padding = (self.size * module.variance_epsilon) ** 0.5
 
 
@@ -312,8 +320,9 @@ class Step:
 
     def __init__(self, decoder: Decoder, block: Any):
         mixer = self.mixer = block.mixer
-        self.decoder, self.norm = decoder, Norm(decoder, block.norm)
+        self.decoder = decoder
         self.in_proj, self.out_proj = Projection(decoder, mixer.in_proj), Projection(decoder, mixer.out_proj)
+        self.norm = Norm(decoder, block.norm, self.in_proj)
         self.taps = mixer.conv1d.weight.detach().squeeze(1).to(decoder.dtype).t()[:, None].contiguous()
         window, channels = len(self.taps), mixer.conv1d.weight.shape[0]
         self.ring = decoder.zeros(2, window, decoder.capacity, channels)
