@@ -30,6 +30,7 @@ from mambalign.recipe import UserError
 LOG2_E = 1.4426950408889634
 COPIED = 2**22  # elements of a weight up to which a CPU gets a transposed copy: few rows times it take half the time
 ALIGNED = 16  # elements: a row of a matrix begins at a multiple, else some kernels round every other row differently
+BLOCK = 2**17  # elements of a weight that a product of several rows takes at once on a CPU: with them it stays in cache
 VECTORS = 64  # elements that the widest unrolled loop takes at once
 STEPS = ("eager", "graph")
 
@@ -80,7 +81,7 @@ class Decoder:
         self._programs: dict[tuple[Plan, int, int], Any] = {}
         self.embedding = effective_weight(model.backbone.embeddings)
         self.head = Projection(self, model.lm_head)
-        self.norm = Norm(self, model.backbone.norm_f)
+        self.norm = Norm(self, model.backbone.norm_f, self.head)
         kind = Mamba2Step if model.config.model_type == "mamba2" else MambaStep
         self.layers: list[Any] = [kind(self, block) for block in model.backbone.layers]
         self.window = len(self.layers[0].taps)
@@ -179,8 +180,9 @@ class Decoder:
         calls += [
             partial(torch.linalg.vector_norm, self.hidden[rows], 2, 1, True, out=length),
             partial(torch.div, self.hidden[rows, : self.norm.size], length, out=out),
-            partial(torch.mul, out, norm.weight, out=out),
         ]
+        if norm.weight is not None:
+            calls.append(partial(out.mul_, norm.weight))
 
     # --------------------------------------------------------------------------- which numbers of rows are the same
 
@@ -264,32 +266,48 @@ class Projection:
         weight = effective_weight(module) if sign > 0 else -effective_weight(module)
         self.outputs, self.inputs = weight.shape
         self.weight = weight.t()
-        if weight.device.type == "cpu" and weight.numel() <= COPIED:
-            self.weight = weight.new_zeros(self.inputs, -(-self.outputs // ALIGNED) * ALIGNED)[:, : self.outputs]
+        self.copied, self.block = weight.device.type == "cpu" and weight.numel() <= COPIED, self.outputs
+        if self.copied:
+            # One more vector a row: rows that lie a power of two apart push each other out of the cache.
+            self.weight = weight.new_zeros(self.inputs, (self.outputs // ALIGNED + 1) * ALIGNED)[:, : self.outputs]
             self.weight.copy_(weight.t())
+            self.block = max(BLOCK // self.inputs // VECTORS, 1) * VECTORS
         bias = module.bias
         self.bias = None if bias is None else sign * bias.detach().to(decoder.dtype)
 
     def emit(self, calls: list[Call], x: Tensor, out: Tensor, add: bool = False) -> None:
         if self.weight.dtype == self.decoder.dtype:
-            product = partial(torch.addmm, out) if add else partial(torch.mm)
-            calls.append(partial(product, x, self.weight, out=out))
+            block = self.outputs if len(x) == 1 else self.block
+            terms = out if add else None if self.bias is None else self.bias.expand(out.shape)
+            for at in range(0, self.outputs, block):
+                columns = (slice(None), slice(at, at + block))
+                product = torch.mm if terms is None else partial(torch.addmm, terms[columns])
+                calls.append(partial(product, x, self.weight[columns], out=out[columns]))
+            bias = self.bias if add else None
         else:
             dtype = self.weight.dtype
             narrow = self.decoder.matrix("narrow in", x.shape[0], self.inputs, dtype)
             result = self.decoder.matrix("narrow out", x.shape[0], self.outputs, dtype)
             calls += [partial(narrow.copy_, x), partial(torch.mm, narrow, self.weight, out=result)]
             calls.append(partial(out.add_, result) if add else partial(out.copy_, result))
-        if self.bias is not None:
-            calls.append(partial(out.add_, self.bias))
+            bias = self.bias
+        if bias is not None:
+            calls.append(partial(out.add_, bias))
 
 
 class Norm:
-    """Of an RMS norm: `weight * sqrt(H)` and `sqrt(H eps)`, for a row divided by its length (see `Decoder.hidden`)."""
+    """Of an RMS norm: `weight * sqrt(H)` and `sqrt(H eps)`, for a row divided by its length (see `Decoder.hidden`).
 
-    def __init__(self, decoder: Decoder, module: Any):
+    The weight moves into the product that reads the norm where that has a copy of its own as precise; then it is None.
+    """
+
+    def __init__(self, decoder: Decoder, module: Any, reader: Projection):
         self.size = module.weight.shape[0]
-        self.weight = module.weight.detach().to(decoder.dtype) * self.size**0.5
+        weight = module.weight.detach().to(decoder.dtype) * self.size**0.5
+        moves = reader.copied and reader.weight.dtype == decoder.dtype
+        self.weight = None if moves else weight
+        if moves:
+            reader.weight *= weight[:, None]
         self.padding = (self.size * module.variance_epsilon) ** 0.5
 
 
@@ -302,8 +320,9 @@ class Step:
 
     def __init__(self, decoder: Decoder, block: Any):
         mixer = self.mixer = block.mixer
-        self.decoder, self.norm = decoder, Norm(decoder, block.norm)
+        self.decoder = decoder
         self.in_proj, self.out_proj = Projection(decoder, mixer.in_proj), Projection(decoder, mixer.out_proj)
+        self.norm = Norm(decoder, block.norm, self.in_proj)
         self.taps = mixer.conv1d.weight.detach().squeeze(1).to(decoder.dtype).t()[:, None].contiguous()
         window, channels = len(self.taps), mixer.conv1d.weight.shape[0]
         self.ring = decoder.zeros(2, window, decoder.capacity, channels)
@@ -314,7 +333,7 @@ class Step:
         self.act = None if mixer.activation in ("silu", "swish") else mixer.act
 
     def convolve(self, calls: list[Call], x: Tensor, rows: slice, phase: int, out: Tensor) -> None:
-        """Push `x [rows, channels]` into the ring and write the activated convolution."""
+        """Push `x [rows, channels]` into the ring and write the convolution; `out` may be `x`."""
         window = len(self.taps)
         inputs = self.ring.flatten(0, 1)[phase + 1 : phase + 1 + window, rows]
         products = self.products[:, rows]
@@ -323,25 +342,26 @@ class Step:
             partial(torch.mul, inputs, self.taps, out=products[:-1]),
             partial(torch.sum, products, 0, out=out),
         ]
-        self.activate(calls, out)
 
     def activate(self, calls: list[Call], x: Tensor) -> None:
+        """The convolution's activation, in place."""
         act = self.act
         if act is None:
-            self.gate(calls, x, x)
+            self.silu(calls, x)
         else:
             calls.append(lambda: x.copy_(act(x)))
 
-    def gate(self, calls: list[Call], x: Tensor, out: Tensor) -> None:
+    def silu(self, calls: list[Call], x: Tensor) -> None:
+        """In place."""
         if self.decoder.steady(x.shape[1]):
-            calls.append(partial(silu, x, out=out))
+            calls.append(partial(silu, x, out=x))
             return
         below = self.decoder.scratch("silu", *x.shape)
         calls += [
             partial(torch.mul, x, -1, out=below),
             below.exp_,
             partial(below.add_, 1),
-            partial(torch.div, x, below, out=out),
+            partial(x.div_, below),
         ]
 
 
@@ -370,19 +390,25 @@ class MambaStep(Step):
 
     def emit(self, calls: list[Call], rows: slice, plan: Plan, phase: int, x: Tensor, out: Tensor) -> None:
         n, (N, D), scratch, matrix = plan.rows, self.A.shape, self.decoder.scratch, self.decoder.matrix
-        xz, u, y = (matrix(name, plan.width, size) for name, size in (("xz", 2 * D), ("u", D), ("y", D)))
+        xz, y = matrix("xz", plan.width, 2 * D), matrix("y", plan.width, D)
+        u, z = xz.split(D, 1)
         low, dt = matrix("low", plan.width, self.x_proj.outputs), matrix("dt", plan.width, D)
         rank = self.dt_proj.inputs
         self.in_proj.emit(calls, x, xz)
-        self.convolve(calls, xz[:n, :D], rows, phase, u[:n])
+        self.convolve(calls, u[:n], rows, phase, u[:n])
+        if self.act is None:
+            self.silu(calls, xz[:n])  # one call for both halves
+        else:
+            self.activate(calls, u[:n])
+            self.silu(calls, z[:n])
         self.x_proj.emit(calls, u, low)
         B, C = low[:n, rank : rank + N], low[:n, rank + N :]
         if self.eps is not None:
             for part in (low[:n, :rank], B, C):
                 calls.append(partial(_normalise, part, self.eps))
         self.dt_proj.emit(calls, low[:, :rank], dt)
-        mixed, dt, u, y, z, state = y, dt[:n], u[:n], y[:n], xz[:n, D:], self.state[rows]
-        decay, gate = scratch("decay", n, N, D), scratch("gate", n, D)
+        mixed, dt, u, y, z, state = y, dt[:n], u[:n], y[:n], z[:n], self.state[rows]
+        decay = scratch("decay", n, N, D)
         calls += [
             partial(log_sigmoid, dt, out=dt),
             partial(torch.mul, dt[:, None], self.A, out=decay),
@@ -392,9 +418,8 @@ class MambaStep(Step):
             partial(state.addcmul_, B[:, :, None], dt[:, None], value=-1),
             partial(torch.bmm, C[:, None], state, out=y[:, None]),
             partial(y.addcmul_, u, self.D),
+            partial(y.mul_, z),
         ]
-        self.gate(calls, z, gate)
-        calls.append(partial(y.mul_, gate))
         self.out_proj.emit(calls, mixed, out, add=True)
 
 
@@ -444,9 +469,10 @@ class Mamba2Step(Step):
         self.in_proj.emit(calls, x, projected)
         convolved = scratch("convolved", n, xBC.shape[1])
         self.convolve(calls, xBC, rows, phase, convolved)
+        self.activate(calls, convolved)
         u, B, C = convolved.split([self.width, G * N, G * N], dim=1)
         dt, decay, du = scratch("dt", n, self.heads), scratch("decay", n, self.heads), scratch("du", n, G, R, P)
-        packed, y, gate = scratch("C", n, G * N), scratch("y", n, self.width), scratch("gate", n, self.width)
+        packed, y = scratch("C", n, G * N), scratch("y", n, self.width)
         state = self.state[rows]
         by_head = state.unflatten(3, (R, P))
         calls += [
@@ -465,13 +491,13 @@ class Mamba2Step(Step):
             partial(torch.bmm, packed.view(n * G, 1, N), state.flatten(0, 1), out=y.view(n * G, 1, R * P)),
             partial(y.addcmul_, u, self.D),
         ]
-        self.gate(calls, z, gate)
+        self.silu(calls, z)
         if self.kind == GATE_FIRST:
-            calls.append(partial(y.mul_, gate))
+            calls.append(partial(y.mul_, z))
         if self.kind != NO_NORM:
             self._norm(calls, y)
         calls.append(
-            partial(mixed[:n].copy_, y) if self.kind == GATE_FIRST else partial(torch.mul, y, gate, out=mixed[:n])
+            partial(mixed[:n].copy_, y) if self.kind == GATE_FIRST else partial(torch.mul, y, z, out=mixed[:n])
         )
         self.out_proj.emit(calls, mixed, out, add=True)
 

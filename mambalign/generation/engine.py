@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -255,17 +254,11 @@ class Engine:
 
     def _advance(self, answers: Sequence[_Answer], logits: Tensor) -> None:
         """Give every answer its next token, from a row of `logits` each."""
-        chosen = choose(logits, answers)
-        likeliest = logits.amax(-1).tolist()
-        if not all(map(math.isfinite, likeliest)):
-            raise UserError("the model gives logits that are no numbers; its weights are damaged or overflow")
-        logprobs = [
-            None if answer.sampling.logprobs is None else token_logprobs(row, token, answer.sampling.logprobs)
-            for answer, token, row in zip(answers, chosen, logits, strict=True)
-        ]
-        for answer, token, logprob in zip(answers, chosen, logprobs, strict=True):
-            if not answer.over:  # cancelled by another's sink
-                self._take(answer, token, logprob)
+        for answer, token, row in zip(answers, choose(logits, answers), range(len(answers)), strict=True):
+            if answer.over:  # cancelled by another's sink
+                continue
+            top = answer.sampling.logprobs
+            self._take(answer, token, None if top is None else token_logprobs(logits[row], token, top))
 
     def _take(self, answer: _Answer, token: int, logprob: TokenLogprob | None) -> None:
         sampling, text = answer.sampling, ""

@@ -6,6 +6,7 @@ top-p, min-p. Answers with the same rules are computed together, row by row, so 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambalign.generation.requests import Sampling, TokenLogprob
+from mambalign.recipe import UserError
 
 Rules = tuple[float, int, float, float]
 
@@ -28,7 +30,11 @@ class Chooser(Protocol):
 
 
 def choose(logits: Tensor, answers: Sequence[Chooser]) -> list[int]:
-    """A token a row of `logits [n, V]`. Exactly one random number is used for each row that is not greedy."""
+    """A token a row of `logits [n, V]`. Exactly one random number is used for each row that is not greedy.
+
+    Raises:
+        UserError: a row of logits that are no numbers.
+    """
     scores = logits
     for row, answer in enumerate(answers):
         if answer.seen is not None:
@@ -40,9 +46,10 @@ def choose(logits: Tensor, answers: Sequence[Chooser]) -> list[int]:
         s = answer.sampling
         if s.temperature > 0:
             groups[(s.temperature, s.top_k, s.top_p, s.min_p)].append(row)
-    chosen = [0] * len(answers)
-    if sum(map(len, groups.values())) < len(answers):
-        chosen = scores.argmax(-1).tolist()
+    likeliest = scores.max(-1)  # of equals the first, as argmax; the highest is a number where all are
+    if not all(map(math.isfinite, likeliest.values.tolist())):
+        raise UserError("the model gives logits that are no numbers; its weights are damaged or overflow")
+    chosen: list[int] = likeliest.indices.tolist()
     for rules, rows in groups.items():
         part = scores if len(rows) == len(answers) else scores[rows]
         draws = torch.tensor([answers[row].random.random() for row in rows], dtype=torch.float64)
