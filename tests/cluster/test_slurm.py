@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from mambalign.cli.cluster import read_recipe
 from mambalign.cluster.attempts import Attempts, read_json, read_lines
 from mambalign.cluster.keys import ClusterError
 from mambalign.cluster.pipeline import read_pipeline
 from mambalign.cluster.submit import submit_pipeline
+from tests.train.conftest import history
 from tests.train.conftest import workbench as workbench
 from tests.train.test_run import assert_same_run
 
@@ -99,6 +102,7 @@ def test_a_chain_survives_what_a_cluster_does(
     from mambalign.train.run import run
 
     monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # as the jobs
     shared = dict(max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=3e-3,
                   max_steps=40, logging_steps=1, save_steps=4, use_cpu=True, disable_tqdm=True)  # fmt: skip
     recipes: dict[str, dict[str, Any]] = {
@@ -157,21 +161,42 @@ def test_a_chain_survives_what_a_cluster_does(
 def test_a_time_limit_is_seen_coming(
     slurm: Callable[..., str], workbench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shortened while the job runs, which spares a minute of waiting: Slurm's warning is a checkpoint and a requeue."""
+    """Slurm's warning is a checkpoint and a requeue, and what goes on is the calm run. The limit is shortened while the
+    job runs, which spares a minute of waiting; where the warning comes is up to Slurm, which looks every 30 seconds."""
+    from mambalign.recipe import Recipe
+    from mambalign.train.run import run
+
     monkeypatch.chdir(tmp_path)
     values = dict(model_name_or_path=str(workbench / "model"), dataset_mixer={str(workbench / "sft"): 1.0},
-                  output_dir="out", max_length=128, max_steps=10**6, logging_steps=10, save_steps=10**6, use_cpu=True,
-                  disable_tqdm=True)  # fmt: skip
+                  output_dir="out", max_length=128, per_device_train_batch_size=8, max_steps=10**6, logging_steps=1,
+                  lr_scheduler_type="constant", save_steps=10**6, use_cpu=True, disable_tqdm=True)  # fmt: skip
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
     small = {"gpus": 0, "cpus": 1, "memory": "1GB", "time": "30m"}
     jobs = submitted({"name": "limit", "resources": small, "stages": {"sft": {"recipe": "sft.yaml"}}}, Path("run"))
+
+    def stopped(attempt: int) -> tuple[str, int]:
+        """(signal, step) at which that attempt saved."""
+        attempts = lambda: read_json(tmp_path / "out/run.json").get("attempts", [])  # noqa: E731
+        until(lambda: len(attempts()) >= attempt and "why" in attempts()[attempt - 1], f"attempt {attempt} has saved")
+        why = re.fullmatch(r"(SIG\w+) at step (\d+) of 1000000", attempts()[attempt - 1]["why"])
+        assert why is not None, attempts()
+        return why[1], int(why[2])
+
     until(lambda: read_lines(tmp_path / "out/metrics.jsonl"), "it trains")
     slurm("scontrol", "update", f"jobid={jobs['sft']}", "timelimit=2")
-    until(lambda: read_json(tmp_path / "out/run.json").get("status") == "preempted", "it has saved")
-    why = re.fullmatch(r"SIGUSR1 at step (\d+) of 1000000", read_json(tmp_path / "out/run.json")["why"])
-    assert why is not None and (tmp_path / f"out/checkpoint-{why[1]}/manifest.json").is_file()
-    until(lambda: "Restarts=1" in slurm("scontrol", "-o", "show", "job", jobs["sft"]), "it is queued again")
+    signal, step = stopped(1)
+    assert signal == "SIGUSR1"
+    slurm("scontrol", "update", f"jobid={jobs['sft']}", "timelimit=30")
+    until(lambda: len(read_lines(tmp_path / "out/metrics.jsonl")) >= step + 3, "it goes on")
     slurm("scancel", jobs["sft"])
+    signal, last = stopped(2)
+    assert signal == "SIGTERM" and last >= step + 3
+
+    torch.set_num_threads(1)  # as the job
+    run("sft", Recipe.from_dict(values | {"output_dir": "calm", "max_steps": last, "do_eval": False}, stage="sft"))
+    assert history(tmp_path / "calm") == history(tmp_path / "out")
+    calm, shaken = (load_file(tmp_path / f / "model.safetensors") for f in ("calm", f"out/checkpoint-{last}"))
+    assert all(torch.equal(value, shaken[name]) for name, value in calm.items())
 
 
 def test_cancelled_stays_cancelled_and_a_failure_stops_the_chain(
