@@ -235,6 +235,22 @@ def test_save_minutes_bounds_what_is_lost(recipe: Make, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "never", tmp_path / "always")
 
 
+def test_a_kill_costs_save_minutes_and_a_step(recipe: Make, tmp_path: Path) -> None:
+    """A second may be lost, and what a step and a save take here: two more are ample."""
+    folder = tmp_path / "victim"
+    changes = dict(save_minutes=1 / 60, save_steps=10**6, num_train_epochs=10**4, logging_steps=1)
+    child = start("sft", recipe("sft", output_dir=str(folder), **changes))
+    assert wait_for(lambda: checkpoint.newest_complete(folder) is not None, child)
+    time.sleep(2.5)
+    child.kill()
+    child.join()
+    newest = checkpoint.newest_complete(folder)
+    assert newest is not None
+    lost = (folder / "metrics.jsonl").stat().st_mtime - (newest / checkpoint.MANIFEST).stat().st_mtime
+    assert lost < 3
+    assert len(checkpoint.checkpoints(folder)) > 1, "it saved once only"
+
+
 def test_the_clock_of_save_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
