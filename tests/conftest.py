@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import random
 import shutil
@@ -67,14 +68,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    """Every test starts from the same random state and leaves torch's global settings as it found them."""
+    """Every test starts from the same random state and leaves torch's settings and our log's level as it found them."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    log, level = logging.getLogger("mambalign"), logging.getLogger("mambalign").level
     yield
+    log.setLevel(level)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
