@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mambalign"
 # Units on one line are neighbours: they may not import each other.
 LAYERS = [
+    {"support"},
     {"ops", "recipe", "cluster"},
     {"models", "data"},
     {"train", "generation"},
@@ -22,7 +23,7 @@ LAYERS = [
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 # What torch costs (seconds, and its absence on login nodes) these must not pay.
-TORCH_FREE = ["mambalign", "mambalign.recipe", "mambalign.cli", "mambalign.cluster"]
+TORCH_FREE = ["mambalign", "mambalign.support", "mambalign.recipe", "mambalign.cli", "mambalign.cluster"]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib")
 
 

@@ -123,6 +123,16 @@ def questions_or_none(given: Path | None, data_dir: Path | None, load: Callable[
         return None
 
 
+def gamed_or_none(wanted: bool, data_dir: Path | None) -> Any:
+    """What the length-controlled win rate is fitted with, if it is wanted."""
+    if not wanted:
+        return None
+    from mambalign.evals.data import find_data
+    from mambalign.evals.length_control import load_gamed
+
+    return load_gamed(find_data("alpaca gamed", data_dir))
+
+
 def instructions_or_none(given: Path | None, data_dir: Path | None, needed: bool = False) -> list[str] | None:
     """AlpacaEval's instructions, from a file of rows; None where none was named, and none is found or `needed`."""
     from mambalign.evals.alpaca_eval import load_outputs
@@ -224,13 +234,8 @@ def show_alpaca(
     with user_errors(debug):
         from mambalign.evals import alpaca_eval
         from mambalign.evals.alpaca_scores import summarize
-        from mambalign.evals.data import find_data
 
-        gamed = None
-        if length_control:
-            from mambalign.evals.length_control import load_gamed
-
-            gamed = load_gamed(find_data("alpaca gamed", data_dir))
+        gamed = gamed_or_none(length_control, data_dir)
         asked = instructions_or_none(instructions, data_dir, needed=length_control)
         results = [summarize(alpaca_eval.load_annotations(path), asked, gamed, positional=positional)
                    for path in annotations]  # fmt: skip

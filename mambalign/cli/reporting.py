@@ -10,7 +10,15 @@ import typer
 
 import mambalign
 from mambalign.cli.common import AsJson, Debug, log_to_stderr, make_console, user_errors
-from mambalign.cli.evaluation import DataDir, alpaca_app, eval_app, instructions_or_none, is_pairwise, mt_bench_app
+from mambalign.cli.evaluation import (
+    DataDir,
+    alpaca_app,
+    eval_app,
+    gamed_or_none,
+    instructions_or_none,
+    is_pairwise,
+    mt_bench_app,
+)
 from mambalign.cli.evaluation import questions_or_none as questions_of
 
 Page = Annotated[Path, typer.Option("--out", help="The page to write.")]
@@ -88,14 +96,9 @@ def report_alpaca(
     with user_errors(debug):
         from mambalign.evals import alpaca_eval, report
         from mambalign.evals.alpaca_scores import summarize
-        from mambalign.evals.data import find_data
         from mambalign.evals.judging import write_whole
 
-        gamed = None
-        if length_control:
-            from mambalign.evals.length_control import load_gamed
-
-            gamed = load_gamed(find_data("alpaca gamed", data_dir))
+        gamed = gamed_or_none(length_control, data_dir)
         asked = instructions_or_none(instructions, data_dir, needed=length_control)
         rendered = {alpaca_eval.load_outputs(path)[0].generator: report.load_rendered(path) for path in outputs or ()}
         pages = []

@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from mambalign.cluster.keys import ClusterError, nearest
+from mambalign.cluster.keys import ClusterError
+from mambalign.support import nearest
 
 EVALUATIONS = ("mt-bench", "alpaca")
 RULES = "rule"  # the judge that is rule-based, not a language model; it needs no address and no name

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar
+
+from mambalign.support import nearest
 
 T = TypeVar("T")
 
@@ -15,12 +16,6 @@ EXIT_SAVED = 85  # of a stage that a signal stopped after a checkpoint: the same
 
 class ClusterError(ValueError):
     """Something in a pipeline, a profile or on a cluster cannot work. The message names the key and the way out."""
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or an empty string when nothing is close."""
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def key(default: Any, parse: Callable[[Any], Any], help: str) -> Any:

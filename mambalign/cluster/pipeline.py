@@ -29,7 +29,6 @@ from mambalign.cluster.keys import (
     environment,
     key,
     mebibytes,
-    nearest,
     number,
     one_of,
     plain_map,
@@ -39,6 +38,7 @@ from mambalign.cluster.keys import (
     texts,
     whole,
 )
+from mambalign.support import nearest
 
 TRAINING = ("cpt", "sft", "dpo", "reward")
 KINDS = (*TRAINING, "merge", *EVALUATIONS, "command")

@@ -21,6 +21,7 @@ from mambalign.cluster.htcondor import HTCondorProfile
 from mambalign.cluster.keys import ClusterError
 from mambalign.cluster.pipeline import Pipeline, to_dict
 from mambalign.cluster.slurm import SlurmProfile
+from mambalign.support import write_text
 
 SCHEDULERS = ("local", "slurm", "htcondor")
 PLAN, JOBS = "pipeline.json", "jobs.json"  # in the folder: what there is to do, and what it was handed to
@@ -55,13 +56,7 @@ def prepare(pipeline: Pipeline, folder: Path, scheduler: str, work: str | None =
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "attempts").mkdir(exist_ok=True)
     plan = {**to_dict(pipeline, str(folder)), "scheduler": scheduler, "work": work or os.getcwd()}
-    _write(folder / PLAN, json.dumps(plan, indent=2) + "\n")
-
-
-def _write(path: Path, content: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(content)
-    os.replace(beside, path)
+    write_text(folder / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
 def submit_pipeline(
@@ -116,7 +111,9 @@ def submit_pipeline(
     if answer.problem:
         raise ClusterError(f"{answer.problem}; nothing is left in the queue")
     jobs = dict(re.findall(r"^(\S+) (\d+)$", answer.out, re.M)) if to == "slurm" else _dag_job(answer.out)
-    _write(folder / JOBS, json.dumps({"scheduler": to, "jobs": jobs, "submitted": int(time.time())}, indent=2) + "\n")
+    write_text(
+        folder / JOBS, json.dumps({"scheduler": to, "jobs": jobs, "submitted": int(time.time())}, indent=2) + "\n"
+    )
     yield from (f"{name}: job {job}" for name, job in jobs.items())
     yield f"mambalign status {shlex.quote(str(folder))}    # how it is doing"
 
@@ -147,7 +144,7 @@ def _require(to: str) -> None:
 
 def _write_all(folder: Path, files: Mapping[str, str], pipeline: Pipeline, to: str) -> None:
     for name, content in files.items():
-        _write(folder / name, content)
+        write_text(folder / name, content)
         if content.startswith("#!"):
             (folder / name).chmod(0o755)
     if to == "htcondor":  # remaps need the folders that they lead to
@@ -190,6 +187,6 @@ def _submit_locally(pipeline: Pipeline, folder: Path, path: Path, dry_run: bool)
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     jobs = {"scheduler": "local", "jobs": {"run": str(process.pid)}, "submitted": int(time.time())}
-    _write(folder / JOBS, json.dumps(jobs, indent=2) + "\n")
+    write_text(folder / JOBS, json.dumps(jobs, indent=2) + "\n")
     yield f"run: process {process.pid}, log in {log}"
     yield f"mambalign status {shlex.quote(str(folder))}    # how it is doing"

@@ -34,8 +34,8 @@ from mambalign.demo.report import percent, read_metrics, write_report
 from mambalign.demo.tokenizer import build_tokenizer
 from mambalign.models import MambaForCausalLM
 from mambalign.models.checkpoint import load_model, load_tokenizer, save_model
-from mambalign.models.files import write_json
 from mambalign.recipe import Recipe, UserError
+from mambalign.support import write_json
 from mambalign.train.run import run
 
 SETTINGS_FILE, RESULTS_FILE, LOG_FILE, MT_BENCH = "demo.json", "evaluation.json", "training.log", "mt-bench"

@@ -20,8 +20,8 @@ from mambalign.evals.alpaca_eval import Output
 from mambalign.evals.mt_bench import ERROR_ANSWER, Question, answer_row, fastchat_text, sorted_answers
 from mambalign.generation.journal import Journal, progress
 from mambalign.generation.requests import Request, Sampling
-from mambalign.models import files
 from mambalign.recipe import UserError
+from mambalign.support import write_text
 
 Message = dict[str, str]
 
@@ -357,7 +357,7 @@ def _complete(missing: int, wanted: int, errors: Sequence[str]) -> None:
 
 def _write(out: Path, text: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(out, text)
+    write_text(out, text)
 
 
 def _digest(content: Any) -> str:

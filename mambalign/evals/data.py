@@ -6,7 +6,6 @@ data CC-BY-NC-4.0, for non-commercial use.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import urllib.error
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambalign.recipe import UserError, nearest
+from mambalign.support import sha256_file, write_json
 
 DEFAULT_FOLDER = Path("~/.cache/mambalign/eval")
 RECEIPT = "fetched.json"
@@ -152,7 +152,7 @@ def fetch_data(
         fresh = not path.is_file()
         if fresh:
             _download(file.url, path)
-        digest = _sha256(path)
+        digest = sha256_file(path)
         if expected and digest != expected:
             path.unlink() if fresh else None
             raise UserError(
@@ -162,9 +162,7 @@ def fetch_data(
         if not expected:
             report(f"{file.path}: no SHA-256 was known beforehand; this one's is recorded: {digest}")
         known[file.path] = digest
-        partial = receipt.with_suffix(".partial")
-        partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-        os.replace(partial, receipt)
+        write_json(receipt, known)
         report(f"{file.path}: {'fetched' if fresh else 'there already'}, {path.stat().st_size:,} bytes, {file.licence}")
         paths.append(path)
     if any(file.licence == NON_COMMERCIAL for file in files.values()):
@@ -201,8 +199,3 @@ def _download(url: str, path: Path) -> None:
     if expected is not None and received != int(expected):
         raise UserError(f"{url}: the connection broke off; run the same command again to go on")
     os.replace(partial, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

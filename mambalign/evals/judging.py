@@ -25,6 +25,7 @@ from mambalign.evals.mt_bench import Answer, Match
 from mambalign.evals.probe import Abilities
 from mambalign.evals.store import ReplyStore
 from mambalign.recipe import UserError, nearest
+from mambalign.support import write_text
 
 MODES = ("single", "pairwise-baseline", "pairwise-all")
 
@@ -114,11 +115,9 @@ def _notes(asked: Asked, used: Sequence[Reply]) -> list[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old content or the new one."""
+    """As `write_text`, in a folder that may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_text(path, text)
 
 
 # MT-Bench -----------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from mambalign.generation.journal import (
 )
 from mambalign.generation.requests import Completion, Request, Sampling
 from mambalign.generation.scoring import Scorer
-from mambalign.models import files
 from mambalign.recipe import UserError
+from mambalign.support import sha256_file
 
 ADDED = ("best", "candidates", "skipped")  # keys that are added to a row
 
@@ -50,7 +50,7 @@ def best_of_n(
         raise UserError(f"temperature: {sampling.temperature} must be above 0; at 0 all answers would be the same")
     total = check_rows(source, ADDED, _prompt)
     models = {"policy": model_fingerprint(policy), "reward": model_fingerprint(reward)}
-    journal = Journal(out, models | {"input": files.sha256_file(source), "dtype": dtype} | asdict(sampling))
+    journal = Journal(out, models | {"input": sha256_file(source), "dtype": dtype} | asdict(sampling))
     if journal.finished is not None:
         return journal.finished | {"finished_before": True}
     engine = Engine.load(policy, device=device, dtype=dtype)

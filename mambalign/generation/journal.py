@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 from mambalign.data.json_rows import json_rows
 from mambalign.models import files
 from mambalign.recipe import UserError
+from mambalign.support import write_text
 
 
 class Journal:
@@ -95,7 +96,7 @@ class Journal:
         os.replace(self.partial, self.out)
 
     def _describe(self, more: dict[str, Any]) -> None:
-        files.write_text(self.meta, json.dumps({"made_from": self.made_from, **more}, indent=2) + "\n")
+        write_text(self.meta, json.dumps({"made_from": self.made_from, **more}, indent=2) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -19,9 +19,9 @@ from mambalign.generation.journal import (
     model_fingerprint,
     progress,
 )
-from mambalign.models import files
 from mambalign.models.checkpoint import load_model, load_tokenizer
 from mambalign.recipe import UserError
+from mambalign.support import sha256_file
 
 ADDED = ("scores", "ranking", "skipped")  # keys that scoring adds to a row
 
@@ -121,7 +121,7 @@ def score_file(
         UserError: what `source` holds is no such rows, or `model` is no reward model, or `out` is another result.
     """
     total = check_rows(source, ADDED, responses_of)
-    made_from = {"model": model_fingerprint(model), "input": files.sha256_file(source), "dtype": dtype}
+    made_from = {"model": model_fingerprint(model), "input": sha256_file(source), "dtype": dtype}
     journal = Journal(out, made_from)
     if journal.finished is not None:
         return journal.finished | {"finished_before": True}

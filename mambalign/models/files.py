@@ -7,7 +7,6 @@ full disk are the three things that happen to model folders.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import pickle
@@ -300,21 +299,3 @@ def _did_you_mean(folder: Path) -> str:
     siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, siblings, n=1)
     return f"; did you mean {folder.parent / near[0]}?" if near else ""
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old content or the new one."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """As `write_text`."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

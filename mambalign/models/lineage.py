@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from mambalign.models import files, original
 from mambalign.models.checkpoint import carry_files, load_model, probe_logits, write_hf
 from mambalign.recipe import Recipe, UserError
+from mambalign.support import sha256_file, write_json
 
 if TYPE_CHECKING:  # PEFT takes seconds to import
     from mambalign.models.lora import AdapterState
@@ -70,7 +71,7 @@ def record(recipe: Recipe, stage: str, config: Any) -> dict[str, Any]:
     base: dict[str, Any] = {"path": path, "revision": commit}
     adapter = None
     if files.is_adapter(folder):
-        adapter = files.sha256_file(folder / files.ADAPTER_WEIGHTS)
+        adapter = sha256_file(folder / files.ADAPTER_WEIGHTS)
         named = files.read_json(folder / files.ADAPTER_CONFIG)
         base = {"path": named["base_model_name_or_path"], "revision": named.get("revision")}
     base["weights"] = before.get("base", {}).get("weights") if adapter else None
@@ -212,7 +213,7 @@ def merge_adapter(
         if came:
             line = {"stage": "merge", "model": os.fspath(src), "from": came}
             line = {"revision": None, "base": came["base"], "adapter": came["adapter"], "recipe": {}} | line
-            files.write_json(staging / files.LINEAGE, line)
+            write_json(staging / files.LINEAGE, line)
         size = sum(file.stat().st_size for file in files.weight_files(staging))
     where = os.fspath(base or state.config["base_model_name_or_path"])
     return MergeReport(os.fspath(src), where, str(target), difference, size, tuple(notes))

@@ -18,7 +18,8 @@ from mambalign.recipe.schema import (
     load_recipe,
 )
 from mambalign.recipe.splits import entry_splits, is_test_split
-from mambalign.recipe.values import UserError, nearest, read_yaml_map, seconds, type_name
+from mambalign.recipe.values import UserError, read_yaml_map, seconds, type_name
+from mambalign.support import nearest
 
 __all__ = [
     "NO_REFERENCE",

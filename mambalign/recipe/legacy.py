@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mambalign.recipe.values import UserError, nearest
+from mambalign.recipe.values import UserError
+from mambalign.support import nearest
 
 RENAMED = {
     "torch_dtype": "dtype",

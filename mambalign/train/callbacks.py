@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from mambalign.models import files
+from mambalign.support import write_text
 
 if TYPE_CHECKING:  # PEFT takes seconds to import
     from mambalign.models.adapters import Audit
@@ -61,7 +61,7 @@ class MetricsFile(TrainerCallback):
 
     def _rewind(self, path: Path) -> None:
         kept = read_metrics(path)[: self.lines]
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.lines = len(kept)
 
 

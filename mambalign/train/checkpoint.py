@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mambalign.models import files
+from mambalign.support import sha256_file, write_json
 
 logger = logging.getLogger("mambalign")
 
@@ -34,10 +34,10 @@ def _files(folder: Path) -> list[Path]:
 def seal(folder: Path) -> None:
     """Write the manifest of `folder` and force everything to disk."""
     entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in _files(folder)
     }
-    files.write_json(folder / MANIFEST, {"files": entries})
+    write_json(folder / MANIFEST, {"files": entries})
     for path in _files(folder):
         shutil.copymode(folder / MANIFEST, path)  # safetensors writes for the owner alone, whatever the umask
     for path in [*_files(folder), folder / MANIFEST, folder]:
@@ -97,7 +97,7 @@ def fault(folder: Path) -> str | None:
             return f"misses {path.name}"
         if path.stat().st_size != size:
             return f"has {path.name} with {path.stat().st_size:,} bytes instead of {size:,}"
-        if files.sha256_file(path) != digest:
+        if sha256_file(path) != digest:
             return f"has {path.name} with changed content"
     return None
 

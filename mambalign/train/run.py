@@ -38,6 +38,7 @@ from mambalign.models import files, lineage
 from mambalign.models.checkpoint import add_tokens, holds_reward_model, load_model, load_tokenizer, save_model
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest, seconds
+from mambalign.support import write_json, write_text
 from mambalign.train import card, checkpoint, curves, sharding
 from mambalign.train.callbacks import METRICS, read_metrics
 from mambalign.train.objectives import PreferenceOptions
@@ -232,7 +233,7 @@ def _claim(folder: Path, recipe: Recipe, stage: str, args: TrainingArguments) ->
         if state.get("status") == "finished":
             logger.info("%s is finished (%d steps): nothing to do", folder, state["global_step"])
             return RunResult(folder, state["global_step"], state["metrics"], already_finished=True)
-    files.write_text(frozen, recipe.to_yaml())
+    write_text(frozen, recipe.to_yaml())
     state = _read_json(folder / RUN)
     attempt = {"started": _now(), "processes": args.world_size}
     state = {
@@ -241,8 +242,8 @@ def _claim(folder: Path, recipe: Recipe, stage: str, args: TrainingArguments) ->
         "started": state.get("started", attempt["started"]),
         "attempts": [*state.get("attempts", []), attempt],
     }
-    files.write_json(folder / RUN, state)
-    files.write_json(folder / ENVIRONMENT, _environment())
+    write_json(folder / RUN, state)
+    write_json(folder / ENVIRONMENT, _environment())
     return None
 
 
@@ -251,7 +252,7 @@ def _note_end(folder: Path, status: str, **facts: Any) -> None:
     state = _read_json(folder / RUN)
     attempts: list[dict[str, Any]] = state.get("attempts") or [{}]
     attempts[-1] |= {"ended": _now(), "status": status, **{k: v for k, v in facts.items() if k == "why"}}
-    files.write_json(folder / RUN, state | {"status": status, "attempts": attempts, "ended": _now(), **facts})
+    write_json(folder / RUN, state | {"status": status, "attempts": attempts, "ended": _now(), **facts})
 
 
 def _changed_keys(earlier: Recipe, now: Recipe) -> list[str]:
@@ -304,7 +305,7 @@ def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any
         return RunResult(folder, trainer.state.global_step, metrics)
     lines = [line for line in read_metrics(folder / METRICS) if "learning_rate" in line]
     summary = (lines[-1] if lines else {}) | metrics
-    files.write_json(folder / files.LINEAGE, trainer.lineage)
+    write_json(folder / files.LINEAGE, trainer.lineage)
     if lines:
         curves.draw([folder], folder / curves.CURVES)
     trainer.create_model_card()
@@ -315,7 +316,7 @@ def _finish(trainer: PackedTrainer, folder: Path, recipe: Recipe, tokenizer: Any
 
 def _write_facts(folder: Path, train: TokenizedData, evaluation: TokenizedData | None) -> None:
     facts = {"train": train, "eval": evaluation}
-    files.write_json(
+    write_json(
         folder / DATA,
         {name: {"report": data.report, "fingerprint": data.fingerprint} for name, data in facts.items() if data},
     )

@@ -26,6 +26,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows
 from mambalign.models import files
+from mambalign.support import write_json
 from mambalign.train import checkpoint as checkpoints
 from mambalign.train import sharding
 from mambalign.train.callbacks import AdapterAudit, MetricsFile, Milestones
@@ -514,7 +515,7 @@ class PackedTrainer(Trainer):
     def _save_accumulators(self, folder: Path) -> None:
         sums = {name: float(value) for name, value in self._sums.items()}
         values = {"sums": sums, "totals": self._totals, "evaluated": self._evaluated, "lines": self._metrics_file.lines}
-        files.write_json(folder / ACCUMULATORS, values | {"owed": self._owed})
+        write_json(folder / ACCUMULATORS, values | {"owed": self._owed})
 
     def restore_accumulators(self, folder: Path) -> None:
         """Continue the log where the checkpoint interrupted it: its averages, its last evaluation, its lines."""
@@ -543,7 +544,7 @@ class PackedTrainer(Trainer):
             self.adapters.save(folder, for_resuming=True)
             self.processing_class.save_pretrained(folder)
         if self.lineage is not None:
-            files.write_json(folder / files.LINEAGE, self.lineage)
+            write_json(folder / files.LINEAGE, self.lineage)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not sharding.is_sharded(self.model):

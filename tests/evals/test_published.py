@@ -10,7 +10,8 @@ import pytest
 
 from mambalign.data.json_rows import json_rows
 from mambalign.evals import alpaca_eval, alpaca_scores, length_control, mt_bench, mt_bench_scores
-from mambalign.evals.data import FILES, _sha256, find_data
+from mambalign.evals.data import FILES, find_data
+from mambalign.support import sha256_file
 
 pytestmark = pytest.mark.shared("eval")
 EXACT = 1e-9
@@ -44,7 +45,7 @@ def test_the_files_are_the_pinned_ones(data: Path) -> None:
     for name, file in FILES.items():
         if "difficulty" in name or "gamed" in name or "reference 1" in name:
             continue  # there are only stand-ins of these
-        assert _sha256(find_data(name, data)) == file.sha256
+        assert sha256_file(find_data(name, data)) == file.sha256
         checked += 1
     assert checked == 6
 

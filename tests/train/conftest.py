@@ -119,13 +119,19 @@ def _child(stage: str, values: dict[str, Any]) -> None:
     run(stage, Recipe.from_dict(values))
 
 
-def killed_run(stage: str, recipe: Recipe, when: Callable[[Path], bool], deadline: float = 60.0) -> bool:
-    """Run in a process of its own and SIGKILL it as soon as `when(output_dir)` holds; False if it finished before."""
+def start(stage: str, recipe: Recipe) -> Any:
+    """The run in a process of its own."""
     # A fork server: as quick as a fork, without the threads of the libraries this process has already used.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mambalign.train.run"])
     child = context.Process(target=_child, args=(stage, recipe.to_dict()))
     child.start()
+    return child
+
+
+def killed_run(stage: str, recipe: Recipe, when: Callable[[Path], bool], deadline: float = 60.0) -> bool:
+    """Run in a process of its own and SIGKILL it as soon as `when(output_dir)` holds; False if it finished before."""
+    child = start(stage, recipe)
     end = time.monotonic() + deadline
     while child.is_alive():
         if when(Path(str(recipe.output_dir))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,30 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mambalign.recipe import Recipe, UserError
 from mambalign.train import checkpoint, preemption
 from mambalign.train.preemption import EXIT_CODE, Preempted, Preemption, agree
 from mambalign.train.run import run
 from mambalign.train.trainer import PackedTrainer
-from tests.train.conftest import history
+from tests.train.conftest import history, start
 from tests.train.test_run import assert_same_run
 
 Make = Callable[..., Recipe]
-
-
-def _child(stage: str, values: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    run(stage, Recipe.from_dict(values))
-
-
-def start(stage: str, recipe: Recipe) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mambalign.train.run"])
-    child = context.Process(target=_child, args=(stage, recipe.to_dict()))
-    child.start()
-    return child
 
 
 def step_of(folder: Path) -> int:
