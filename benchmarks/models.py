@@ -58,6 +58,23 @@ def _prepared(model: Any, weights: str, recompute: bool | str) -> Any:
     return model.train()
 
 
+def recomputing(model: Any, how: bool | str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`run` with blocks recomputed, in part where `how` is "selective", and the model as it was afterwards."""
+
+    def recomputed() -> Tensor:
+        if how == "selective":
+            model.set_selective_recomputation()
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            return run()
+        finally:
+            model.set_selective_recomputation(False)
+            model.gradient_checkpointing_disable()
+
+    return recomputed
+
+
 def mamba_ssm(like: Any, weights: str, recompute: bool = False) -> Any:
     """mamba-ssm's model with the weights of ours; None where it is not installed."""
     try:
