@@ -24,8 +24,9 @@ from transformers.models.mamba import modeling_mamba as hf_mamba
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
 
 from mambalign.models.recompute import Recomputation
-from mambalign.ops import Segments, add_rms_norm, causal_conv1d, selective_scan, token_logps
+from mambalign.ops import Segments, add_rms_norm, causal_conv1d, halves, selective_scan, token_logps
 from mambalign.ops.backends import take_rows
+from mambalign.ops.halves import JointGradient
 from mambalign.ops.rms_norm import normalised
 
 # The recurrence is an exponential of these; the authors keep them in fp32 whatever the rest is in
@@ -99,12 +100,13 @@ class StatefulMixer:
         segments: Segments,
         recomputation: Recomputation,
         caching: bool,
+        joint: JointGradient | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(activated convolution of `x`, dropped under selective recomputation; the window after it if `caching`)."""
         silu = self.activation in ("silu", "swish")
         convolve = partial(
             causal_conv1d, activation="silu" if silu else None, segments=segments, initial_state=conv_state,
-            backend=self.backend,
+            joint=joint, backend=self.backend,
         )  # fmt: skip
         inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
         convolved: Any = convolve(*inputs, output_final_state=caching)
@@ -156,8 +158,8 @@ class PackedMixer(StatefulMixer):
         delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
         conv_state, ssm_state = self._read(cache_params)
         caching = cache_params is not None
-        x, z = self.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
-        x, conv_state = self._convolve(x, conv_state, segments, recomputation, caching)
+        x, z, joint = halves(self.in_proj(hidden_states).squeeze(0))
+        x, conv_state = self._convolve(x, conv_state, segments, recomputation, caching, joint)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         low_rank, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
         delta = self.dt_proj(low_rank)
@@ -175,6 +177,7 @@ class PackedMixer(StatefulMixer):
             segments=segments,
             initial_state=ssm_state,
             output_final_state=caching,
+            joint=joint,
             backend=self.backend,
         )
         y, ssm_state = scanned if caching else (scanned, None)

@@ -15,11 +15,11 @@ struct Run {
 struct Params {
   const io *x, *d_y;
   const float *weight, *bias;  // [W, D]; [D] or null
-  i64 x_stride, d_y_stride;
+  i64 x_stride, d_y_stride, d_x_stride;
   const Run* runs;
   const int* windows;    // [S, W - 1]: rows of x before each segment on its path, oldest first; -1 - k: row k of `initial`
   const float* initial;  // [S * (W - 1), D] or null for zeros
-  io *y, *d_x;           // contiguous [T, D]
+  io *y, *d_x;           // contiguous [T, D]; [T, D] with a row stride
   float* d_weights;      // [runs, W + 1, D]: the shares of every run in the gradients of the taps and of the bias
   float* d_windows;      // [S * (W - 1), D]: gradient of what lies before each segment
   i64 num_channels, silu;
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const Params p) 
         for (int i = 0; i < VEC; ++i) d_x.v[i] += d_pre[k].v[i] * taps[W - 1 - k].v[i];
       const int token = t + j - (W - 1);
       if (token >= run.begin)
-        store_row(p.d_x + token * p.num_channels + channel, d_x);
+        store_row(p.d_x + token * p.d_x_stride + channel, d_x);
       else if (run.offset == 0)
         store_floats(p.d_windows + (run.segment * (W - 1) + t + j - run.begin) * p.num_channels + channel, d_x);
     }

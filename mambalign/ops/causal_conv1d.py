@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mambalign.ops import cuda_conv, reference, torch_conv
 from mambalign.ops.backends import select
+from mambalign.ops.halves import JointGradient
 from mambalign.ops.segments import Segments, whole
 
 BACKENDS = {
@@ -33,6 +34,7 @@ def causal_conv1d(
     segments: Segments | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    joint: JointGradient | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`y[t] = activation(bias + sum_j weight[:, j] x[t - (W - 1) + j])`, each token seeing only its own path.
@@ -48,6 +50,7 @@ def causal_conv1d(
         initial_state: `[S, D, W - 1]` inputs before each root, oldest first; rows of children are ignored (zero
             gradient).
         output_final_state: also return the last W - 1 inputs of every segment's path.
+        joint: what `halves` gave with x: where x's gradient may be written beside that of the other half.
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
 
     Returns:
@@ -62,8 +65,9 @@ def causal_conv1d(
     """
     segments = whole(x.shape[0]) if segments is None else segments
     _check(x, weight, bias, activation, segments, initial_state)
-    run = BACKENDS[select_backend(backend, x.device, weight, x, bias, initial_state)[0]]
-    y, final_state = run(x, weight, bias, activation, segments, initial_state, output_final_state)
+    name = select_backend(backend, x.device, weight, x, bias, initial_state)[0]
+    inputs = x, weight, bias, activation, segments, initial_state, output_final_state
+    y, final_state = BACKENDS[name](*inputs, joint) if name == "cuda" else BACKENDS[name](*inputs)
     if not output_final_state:
         return y
     assert final_state is not None

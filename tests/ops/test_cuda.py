@@ -15,6 +15,7 @@ from mambalign.ops import (
     causal_conv1d,
     cuda_logps,
     cuda_scan,
+    halves,
     nvrtc,
     rms_norm,
     selective_scan,
@@ -146,6 +147,67 @@ def test_rows_with_gaps_between_them() -> None:
         first = next(iter(inputs.values()))
         ours = torch.autograd.grad(y, first, turned, retain_graph=True)
         assert torch.equal(ours[0], torch.autograd.grad(y, first, turned.contiguous())[0])
+
+
+def block(xz: torch.Tensor, weights: dict[str, torch.Tensor], joint: bool, segments: Segments) -> torch.Tensor:
+    """The middle of Mamba's block: convolution of one half, scan gated by the other."""
+    x, z, gradient = halves(xz) if joint else (*xz.chunk(2, dim=-1), None)
+    options: dict[str, Any] = {"segments": segments, "backend": "cuda", "joint": gradient}
+    u = causal_conv1d(x, weights["weight"], weights["bias"], "silu", **options)
+    B, C = u[:, :3] * 2, u[:, 2:5] - 1
+    return selective_scan(u, u * 0.5, weights["A"], B, C, weights["D"], z, delta_softplus=True, **options)
+
+
+def block_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor], Segments]:
+    segments = Segments.from_lengths([9, 4, 6, 20], [-1, 0, 0, -1])
+    weights = {k: v.detach() for k, v in (scan_inputs(1, 1, dtype, D=8) | conv_inputs(1, 1, dtype, D=8)).items()}
+    return torch.randn(39, 16).to(dtype).requires_grad_(), weights, segments
+
+
+def cats(backward: Any) -> int:
+    """How often `backward()` puts tensors together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        backward()
+    return sum(event.count for event in profile.key_averages() if event.key == "aten::cat")
+
+
+@pytest.mark.parametrize(("dtype", "static"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_both_halves_gradients_are_written_into_one_tensor(
+    dtype: torch.dtype, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_scan, "STATIC", static)
+    xz, weights, segments = block_inputs(dtype)
+    wanted = torch.randn(39, 8).to(dtype)
+    theirs = torch.autograd.grad(block(xz, weights, False, segments), xz, wanted)[0]
+    y = block(xz, weights, True, segments)
+    assert cats(lambda: y.backward(wanted, retain_graph=True)) == 0
+    assert torch.equal(xz.grad, theirs)
+    first, xz.grad = xz.grad, None
+    y.backward(wanted)
+    assert torch.equal(xz.grad, theirs) and xz.grad.data_ptr() != first.data_ptr()
+
+
+def test_halves_that_do_not_meet() -> None:
+    """Hooks, other users, one half alone, parts of a backward pass: the gradients of `chunk`, by a copy."""
+    xz, weights, segments = block_inputs(torch.float32)
+    for case in ("hook", "other user", "left alone", "right alone", "in parts", "mixed types"):
+        results = []
+        for joint in (False, True):
+            x, z, gradient = halves(xz) if joint else (*xz.chunk(2, dim=-1), None)
+            options: dict[str, Any] = {"segments": segments, "backend": "cuda", "joint": gradient}
+            if case == "hook":
+                z.register_hook(lambda d_z: d_z * 2)
+            given = (x if case != "right alone" else x.detach()), (z if case != "left alone" else z.detach())
+            x_given = given[0].bfloat16() if case == "mixed types" else given[0]
+            u = causal_conv1d(x_given, weights["weight"], weights["bias"], "silu", **options)
+            y = selective_scan(u, u * 0.5, weights["A"], u[:, :3], u[:, 2:5], z=given[1], **options)
+            y = y + (z * x if case == "other user" else 0)
+            if case == "in parts":
+                parts = torch.autograd.grad(y.sum(), (z, u), retain_graph=True)
+                results.append(torch.autograd.grad((u, z), xz, (parts[1], parts[0])))
+            else:
+                results.append(torch.autograd.grad(y.pow(2).sum(), xz))
+        assert torch.equal(results[0][0], results[1][0]), case
 
 
 @pytest.mark.parametrize("vocabulary", [2, 7, 50, 264, 1000])
