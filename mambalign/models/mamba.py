@@ -101,18 +101,21 @@ class StatefulMixer:
         recomputation: Recomputation,
         caching: bool,
         joint: JointGradient | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(activated convolution of `x`, dropped under selective recomputation; the window after it if `caching`)."""
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """(activated convolution of `x`, a tensor for each of two users; the window after it if `caching`).
+
+        Under selective recomputation it is dropped.
+        """
         silu = self.activation in ("silu", "swish")
         convolve = partial(
             causal_conv1d, activation="silu" if silu else None, segments=segments, initial_state=conv_state,
-            joint=joint, backend=self.backend,
+            joint=joint, twice=True, backend=self.backend,
         )  # fmt: skip
         inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
         convolved: Any = convolve(*inputs, output_final_state=caching)
-        x, window = convolved if caching else (convolved, None)
-        recomputation.drop(x, convolve, *inputs)
-        return (x if silu else self.act(x)), window
+        pair, window = convolved if caching else (convolved, None)
+        recomputation.drop(pair[0], lambda *inputs: convolve(*inputs)[0], *inputs)
+        return (pair if silu else (self.act(pair[0]),) * 2), window
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts like any module, but never below fp32 for `fp32_parameters`."""
@@ -159,9 +162,12 @@ class PackedMixer(StatefulMixer):
         conv_state, ssm_state = self._read(cache_params)
         caching = cache_params is not None
         x, z, joint = halves(self.in_proj(hidden_states).squeeze(0))
-        x, conv_state = self._convolve(x, conv_state, segments, recomputation, caching, joint)
+        (x, again), conv_state = self._convolve(x, conv_state, segments, recomputation, caching, joint)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        low_rank, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
+        written = again._version if again.requires_grad else 0
+        low_rank, B, C = self.normalise(*self.x_proj(again).split(sizes, dim=-1))
+        if again.requires_grad and again._version != written:
+            x = again  # a hook wrote to it, which only this one knows how to go back through
         delta = self.dt_proj(low_rank)
         recomputation.drop(delta, self.dt_proj, low_rank, module=self.dt_proj)
         scanned: Any = selective_scan(

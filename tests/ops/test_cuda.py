@@ -153,8 +153,8 @@ def block(xz: torch.Tensor, weights: dict[str, torch.Tensor], joint: bool, segme
     """The middle of Mamba's block: convolution of one half, scan gated by the other."""
     x, z, gradient = halves(xz) if joint else (*xz.chunk(2, dim=-1), None)
     options: dict[str, Any] = {"segments": segments, "backend": "cuda", "joint": gradient}
-    u = causal_conv1d(x, weights["weight"], weights["bias"], "silu", **options)
-    B, C = u[:, :3] * 2, u[:, 2:5] - 1
+    u, again = causal_conv1d(x, weights["weight"], weights["bias"], "silu", twice=True, **options)
+    B, C = again[:, :3] * 2, again[:, 2:5] - 1
     return selective_scan(u, u * 0.5, weights["A"], B, C, weights["D"], z, delta_softplus=True, **options)
 
 
@@ -208,6 +208,27 @@ def test_halves_that_do_not_meet() -> None:
             else:
                 results.append(torch.autograd.grad(y.pow(2).sum(), xz))
         assert torch.equal(results[0][0], results[1][0]), case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [5, 8])
+def test_a_convolution_used_twice(D: int, dtype: torch.dtype) -> None:
+    """The gradients of both uses add up in fp32, and either may be missing."""
+    segments = Segments.from_lengths([9, 4, 70, 20], [-1, 0, 0, -1])
+    inputs = conv_inputs(103, 4, dtype, D=D)
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    weights = torch.randn(2, 103, D).to(dtype)
+    weights[1] = weights[1].T.contiguous().T if D == 5 else weights[1]
+    for used in ((0, 1), (0,), (1,)):
+        pair = causal_conv1d(**inputs, activation="silu", segments=segments, twice=True, backend="cuda")
+        assert pair[0].data_ptr() == pair[1].data_ptr() and pair[0]._version == pair[1]._version
+        ours = torch.autograd.grad([pair[i] for i in used], list(inputs.values()), [weights[i] for i in used])
+        y = causal_conv1d(**exact, activation="silu", segments=segments, backend="reference")
+        theirs = torch.autograd.grad(y, list(exact.values()), sum(weights[i].double() for i in used))
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative_error(a, b) < TOLERANCE[dtype]
+    pair[0].detach().add_(1)
+    assert pair[0]._version == pair[1]._version > 0  # a write to one shows in the other
 
 
 @pytest.mark.parametrize("vocabulary", [2, 7, 50, 264, 1000])
