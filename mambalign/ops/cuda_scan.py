@@ -21,7 +21,6 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> i
 
 
 def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> Plan:
-    longest = _longest_piece(segments, blocks, held, ENOUGH * _multiprocessors(device))
+    longest = _longest_piece(segments, blocks, held, ENOUGH * nvrtc.multiprocessors(device))
     begins, lengths, parents, owners, lasts = [], [], [], [], []
     last_unit: list[int] = []  # of each segment
     for segment, (begin, end, parent) in enumerate(
@@ -162,11 +161,6 @@ def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:
     return nvrtc.module(SOURCE, macros, device)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class _Problem:
     """What the passes of one call share. It holds no token tensors: autograd keeps those, and may drop them.
 
@@ -231,7 +225,7 @@ class _Problem:
         return {"d_out": d_out, "d_out_stride": self.D}
 
     def plan(self, held: int) -> Plan:
-        return plan(self.segments, self.blocks, held * _multiprocessors(self.device), self.device)
+        return plan(self.segments, self.blocks, held * nvrtc.multiprocessors(self.device), self.device)
 
     def values(self, plan: Plan) -> dict[str, Any]:
         """What every pass with this plan is given."""

@@ -14,6 +14,7 @@ from mambalign.ops import (
     add_rms_norm,
     causal_conv1d,
     cuda_logps,
+    cuda_norm,
     cuda_scan,
     halves,
     nvrtc,
@@ -49,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "module", lambda source, macros, device: built(source, macros))
     monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
-    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
     yield
 
@@ -270,6 +271,22 @@ def test_norm(x_dtype: torch.dtype, weight_dtype: torch.dtype, dtype: torch.dtyp
     assert results[0][0].dtype == (dtype or torch.promote_types(x_dtype, weight_dtype))
     for ours, theirs in zip(*results, strict=True):
         assert relative_error(ours, theirs) < max(TOLERANCE[d] for d in (x_dtype, weight_dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_norm_of_many_rows_by_few_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block walks several rows, the next on its way: as on a GPU, which has room for a few of a batch."""
+    monkeypatch.setattr(cuda_norm, "FORWARD_THREADS", 0)
+    monkeypatch.setattr(cuda_norm, "BACKWARD_THREADS", 200)
+    x, residual = torch.randn(rows, 700, requires_grad=True), torch.randn(rows, 700, requires_grad=True)
+    weight, results = torch.randn(700, requires_grad=True), []
+    projections = torch.randn(2, rows, 700)
+    for backend in ("cuda", "cuda", "torch"):
+        outputs = add_rms_norm(x, residual, weight, backend=backend)
+        loss = sum((output * projection).sum() for output, projection in zip(outputs, projections, strict=True))
+        results.append((*outputs, *torch.autograd.grad(loss, (x, residual, weight))))
+    for ours, again, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, again) and relative_error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("case", NORM_CASES)
