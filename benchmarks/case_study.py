@@ -1,9 +1,9 @@
 """Pre-training, SFT, DPO and SimPO of a small Mamba on real data, packed and padded, and what leaking states cost.
 
-    python benchmarks/case_study.py --data ../shared/data                # everything, on a GPU: about 8 minutes
-    python benchmarks/case_study.py --tiny --work /tmp/tiny --out /tmp/tiny.json    # every line of it on a CPU, 2 minutes
-    python benchmarks/case_study.py --plot-only benchmarks/results/case_study.json  # the plots, anywhere
-    python benchmarks/case_study.py --write-docs benchmarks/results/case_study.json # the tables of docs/case-study.md
+    python benchmarks/case_study.py --data ../shared/data              # everything, on a GPU: about 8 minutes
+    python benchmarks/case_study.py --tiny --work TMP --out TMP/a.json # every line of it on a CPU: about 2 minutes
+    python benchmarks/case_study.py --plot-only JSON                   # plot and tables of an earlier run, anywhere
+    python benchmarks/case_study.py --write-docs JSON                  # its tables, into docs/case-study.md
 
 DATA holds `text`, `sft` and `dpo` (folders of parquet files) and `tokenizer`. The recipes are those of
 `recipes/case-study`; the ways that are no recipes are in `case_study_ways.py`. Every stage leaves a file in
@@ -45,8 +45,8 @@ SIZE, TINY_SIZE = (512, 10), (32, 2)  # width and layers
 PROMPTS, NEW_TOKENS = 64, 192  # whose answers are counted; tokens an answer may have
 
 TINY: dict[str, Any] = {
-    "max_train_samples": 48, "max_eval_samples": 16, "max_steps": 4, "max_length": 128, "bf16": False,
-    "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "dataloader_num_workers": 0,
+    "max_train_samples": 48, "max_eval_samples": 6, "max_steps": 3, "max_length": 192, "bf16": False,
+    "per_device_train_batch_size": 3, "per_device_eval_batch_size": 4, "dataloader_num_workers": 0,
     "preprocessing_num_workers": None, "logging_steps": 1, "eval_steps": 2,
 }  # fmt: skip
 
@@ -114,7 +114,7 @@ class Study:
         recipe = load_recipe(RECIPES / f"{name}.yaml")
         changes = (TINY if self.tiny else {}) | changes
         if self.tiny and recipe.stage == "dpo":
-            changes |= {"max_prompt_length": 64}
+            changes |= {"max_train_samples": 12, "max_length": 128, "max_prompt_length": 64}
         if self.tiny and recipe.stage == "cpt":
             changes |= {"max_train_samples": 4, "max_eval_samples": 1}  # of thousands of tokens each
         return replace(
@@ -167,15 +167,14 @@ class Study:
     def held_out(self) -> dict[str, Any]:
         """Log-probs of held-out documents and pairs under the models of all stages."""
         found: dict[str, Any] = {"text": {}, "sft": {}, "pairs": {}}
-        text, sft, pairs = self.rows("cpt")(False), self.rows("sft"), self.rows("dpo")(False)
+        text, sft, pairs = (self.rows(name)(False) for name in ("cpt", "sft", "dpo"))
         for name in ("new", "cpt", "sft", "dpo", "simpo"):
             model = self.model(self.work / name)
             found["text"][name] = document_logps(model, text, self.bf16)
-            found["sft"][name] = document_logps(model, sft(False), self.bf16)
+            found["sft"][name] = document_logps(model, sft, self.bf16)
             if name in ("sft", "dpo", "simpo"):
                 found["pairs"][name] = pair_logps(model, pairs, self.bf16)
-        leaking = document_logps(self.model(self.work / "sft"), sft(True), self.bf16, leak=True)
-        return found | {"sft_leaking": leaking, "betas": {n: self.recipe(n).beta for n in ("dpo", "simpo")}}
+        return found | {"betas": {n: self.recipe(n).beta for n in ("dpo", "simpo")}}
 
     def exactness(self) -> dict[str, Any]:
         """One step in fp32, packed and padded, of the SFT result."""
@@ -193,12 +192,13 @@ class Study:
         from mambalign.generation.requests import Request, Sampling
         from mambalign.models.checkpoint import load_tokenizer
 
-        shown, counted = shown_prompts(self.options.data), counted_prompts(self.options.data, 4 if self.tiny else PROMPTS)
+        shown, counted = (
+            shown_prompts(self.options.data),
+            counted_prompts(self.options.data, 4 if self.tiny else PROMPTS),
+        )
         tokenizer = load_tokenizer(str(self.work / "sft"))  # with the template, for the pre-trained model too
         requests = [
-            Request(
-                tuple(encode_prompt(tokenizer, messages)), Sampling(temperature=0, max_new_tokens=self.new_tokens)
-            )
+            Request(tuple(encode_prompt(tokenizer, messages)), Sampling(temperature=0, max_new_tokens=self.new_tokens))
             for messages in [*[messages for _, messages in shown], *counted]
         ]
         found: dict[str, Any] = {"prompts": [{"source": source, "messages": messages} for source, messages in shown]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,15 @@ def length_differences(pairs: Results) -> Array:
 def strata(lengths: Array, values: Array) -> list[dict[str, Any]]:
     """By stratum of `lengths` (low < length <= high): how many pairs, the share ranked right, the mean margin."""
     rows = []
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
+    for low, high in pairwise(EDGES):
         inside = values[(lengths > low) & (lengths <= high)]
         mean = clustered_mean(inside.tolist()) if len(inside) else Estimate(math.nan, math.nan, 0, 0)
         rows.append({"low": low, "high": high, "right": share((inside > 0).tolist()), "margin": mean})
     return rows
+
+
+def _between(low: float, high: float) -> str:
+    return f"to {high:g}" if low == -math.inf else f"over {low:g}" if high == math.inf else f"{low:g} to {high:g}"
 
 
 def rank_correlation(a: Array, b: Array) -> float:
@@ -144,13 +149,15 @@ def runs_table(results: Results) -> str:
                     f"{last['num_tokens'] / 1e6:.1f} M",
                     f"{1 - last['num_tokens'] / positions:.0%}" if positions else "0%",
                     f"{stage['training_s']:.0f} s",
+                    f"{stage['before_training_s']:.0f} s" if name == "dpo" else "-",
                     f"{real:,.0f} {'pairs' if pairs else 'tokens'}/s",
                     f"{stage['peak_gib']:.1f} GiB" if stage.get("peak_gib") else "-",
                     f"{stage['utilisation']:.0f}%" if stage.get("utilisation") else "-",
                     f"{stage['metrics']['eval_loss']:.3f}",
                 ]
             )
-    head = ["run", "steps", "tokens", "pads", "training", "speed", "peak memory", "GPU busy", "held-out loss at its end"]
+    head = ["run", "steps", "tokens", "pads", "training", "reference pass", "speed", "peak memory", "GPU busy"]
+    head += ["held-out loss at its end"]
     return _table(head, rows)
 
 
@@ -164,7 +171,14 @@ def agreement_table(results: Results) -> str:
         apart = np.abs(ours - theirs)
         moved = f"{ours[0]:.3f} to {ours[-1]:.3f}"
         rows.append([TITLES[name], str(len(ours)), moved, f"{apart.max():.1e}", f"{apart.mean():.1e}", f"{ratio:.1f}x"])
-    head = ["run", "log lines in both", "loss over them", "largest difference", "mean difference", "packed is faster by"]
+    head = [
+        "run",
+        "log lines in both",
+        "loss over them",
+        "largest difference",
+        "mean difference",
+        "packed is faster by",
+    ]
     return _table(head, rows)
 
 
@@ -223,11 +237,10 @@ def strata_table(results: Results) -> str:
     lengths = length_differences(results["stages"]["held-out"]["pairs"])
     by_name = {name: strata(lengths, values) for name, values in scorings(results).items() if name in ("DPO", "SimPO")}
     rows = []
-    for number, (low, high) in enumerate(zip(EDGES, EDGES[1:], strict=False)):
+    for number, (low, high) in enumerate(pairwise(EDGES)):
         some = [by_name[name][number] for name in ("DPO", "SimPO")]
-        said = f"to {high:g}" if low == -math.inf else f"over {low:g}" if high == math.inf else f"{low:g} to {high:g}"
         cells = [cell for row in some for cell in (_share(row["right"]), _estimate(row["margin"], 2))]
-        rows.append([said, str(some[0]["right"].total), *cells])
+        rows.append([_between(low, high), str(some[0]["right"].total), *cells])
     head = ["chosen's tokens minus rejected's", "pairs", "DPO accuracy", "margin", "SimPO accuracy", "margin"]
     return _table(head, rows)
 
@@ -259,6 +272,12 @@ def leakage_losses(results: Results) -> dict[tuple[str, str], list[float]]:
     return losses
 
 
+def _all_seeds(results: Results, way: str) -> dict[str, Sequence[float]]:
+    """Every document's log-prob read alone, the mean of the seeds."""
+    runs = [results["stages"][f"leak-{way}-{seed}"]["alone"] for seed in results["settings"]["seeds"]]
+    return {"logps": np.mean([run["logps"] for run in runs], axis=0).tolist(), "tokens": runs[0]["tokens"]}
+
+
 def leakage_table(results: Results) -> str:
     losses, rows = leakage_losses(results), []
     for way, title in (("packed", "leak-free"), ("leaky", "leaky")):
@@ -268,7 +287,10 @@ def leakage_table(results: Results) -> str:
     cost = clustered_mean(np.subtract(losses["leaky", "alone"], losses["packed", "alone"]).tolist())
     each = ", ".join(f"{b - a:+.4f}" for a, b in zip(losses["packed", "alone"], losses["leaky", "alone"], strict=True))
     head = ["trained with packing that is", "read alone (right)", "read in leaking rows", "second minus first"]
-    said = f"\n\nLeaky minus leak-free, read alone: {_estimate(cost, 4)} (by seed {each})."
+    documents = _interval(*loss_difference(*(_all_seeds(results, way) for way in ("packed", "leaky"))), digits=4)
+    said = (
+        f"\n\nLeaky minus leak-free, read alone: {_estimate(cost, 4)} over seeds ({each}), {documents} over documents."
+    )
     return _table(head, rows) + said
 
 
@@ -290,8 +312,13 @@ def _quoted(text: str, width: int) -> str:
     return "`` " + cut.replace("``", "'") + " ``" if cut else "(nothing)"
 
 
+def plot_link(results: Results) -> str:
+    return "![loss by tokens, steps and seconds, rewards by length, and leakage](../benchmarks/results/case_study.png)"
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "environment": environment_table,
+    "plot": plot_link,
     "runs": runs_table,
     "agreement": agreement_table,
     "exactness": exactness_table,
@@ -389,7 +416,7 @@ def _curves(axes: Any, stages: Results, name: str, by: str) -> None:
 
 def _strata_panels(right: Any, mean: Any, results: Results) -> None:
     lengths = length_differences(results["stages"]["held-out"]["pairs"])
-    names = [f"<= {high:g}" if high < math.inf else f"> {low:g}" for low, high in zip(EDGES, EDGES[1:], strict=False)]
+    names = [_between(low, high) for low, high in pairwise(EDGES)]
     colours = {"DPO": PEER, "DPO model, log-ratio a token": TRANSFORMER, "SimPO": OURS}
     for name, values in scorings(results).items():
         if name not in colours:
@@ -410,8 +437,11 @@ def _strata_panels(right: Any, mean: Any, results: Results) -> None:
 
 
 def _leak_panel(axes: Any, results: Results) -> None:
+    names = []
     for number, ((way, read), values) in enumerate(sorted(leakage_losses(results).items(), reverse=True)):
-        axes.plot([number] * len(values), values, "o", color=OURS if way == "packed" else PEER, label=f"{way}, {read}")
-    axes.set_xticks([])
-    axes.set(title="SFT, held-out loss: trained, read; a dot a seed")
-    axes.legend(fontsize=8)
+        axes.plot([number] * len(values), values, "o", color=OURS if way == "packed" else PEER)
+        names.append(f"{'leak-free' if way == 'packed' else 'leaky'},\nread {read}")
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set(
+        title="SFT: held-out loss, a dot a seed", xlabel="how it was packed in training, and read", xlim=(-0.5, 3.5)
+    )

@@ -27,10 +27,12 @@ from transformers import TrainerCallback
 from mambalign.data.batches import Collator, Example, Kind, PackedBatch, collate_sequences
 from mambalign.ops.segments import Segments
 from mambalign.train import reference, run, trainer
+from mambalign.train.objectives import sequence_sums
 from mambalign.train.trainer import PackedTrainer, target_logps
 
 WAYS = ("packed", "padded", "leaky")
 ROWS = 16  # examples, or pairs, of a padded pass
+AT_ONCE = 32  # rows, or pairs, of a held-out pass
 MULTIPLE = 8  # of a padded length
 SIDES = ("chosen", "rejected")
 
@@ -38,7 +40,7 @@ SIDES = ("chosen", "rejected")
 
 
 class PaddedCollator:
-    """As `Collator`, but `ROWS` examples, or pairs, a batch, in their order; pairs with a prompt for each completion."""
+    """As `Collator`, but `ROWS` examples, or pairs, a batch, in their order; each completion with its own prompt."""
 
     def __init__(self, kind: Kind, max_tokens: int | None = None):
         self.collate: Callable[..., PackedBatch] = collate_sequences if kind == "sequences" else collate_whole_pairs
@@ -58,13 +60,14 @@ def collate_whole_pairs(pairs: Sequence[Example]) -> PackedBatch:
             mask = np.concatenate([np.zeros_like(prompt), pair[f"{side}_mask"]])
             sequences.append({"input_ids": ids, "loss_mask": mask, "index": 0})
     indices = torch.tensor([pair["index"] for pair in pairs])
-    return replace(
-        collate_sequences(sequences), pairs=torch.arange(len(sequences)).view(-1, 2), indices=indices
-    )
+    return replace(collate_sequences(sequences), pairs=torch.arange(len(sequences)).view(-1, 2), indices=indices)
 
 
 class PaddedLogps:
-    """In the place of `target_logps`: log-probs from the logits of padded rows. `positions` counts those of training, pads too."""
+    """In the place of `target_logps`: log-probs from the logits of padded rows.
+
+    `positions` counts what training has computed, pads included.
+    """
 
     def __init__(self) -> None:
         self.positions = 0
@@ -208,57 +211,35 @@ def _mean_utilisation(sampler: subprocess.Popen[str] | None) -> float | None:
 # --------------------------------------------------------------------------------------------------------- held out
 
 
-def _autocast(bf16: bool, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-@torch.no_grad()
-def document_logps(model: Any, rows: Any, bf16: bool, *, leak: bool = False, at_once: int = 32) -> dict[str, list[Any]]:
+def document_logps(model: Any, rows: Any, bf16: bool, *, leak: bool = False) -> dict[str, list[Any]]:
     """Summed log-probs and numbers of the targets of every example of `rows` (`PackedRows` of sequences), by index.
 
     leak: `leaky` rows; the right value is without.
     """
-    collate: Any = LeakyCollator("sequences") if leak else Collator("sequences")
-    found: dict[int, tuple[float, int]] = {}
-    device = model.device
-    model.eval()
-    for start in range(0, len(rows), at_once):
-        for batch in collate([rows[i] for i in range(start, min(start + at_once, len(rows)))]):
-            batch = batch.to(device)
-            with _autocast(bf16, device):
-                logps = target_logps(model, batch).double()
-            counts = torch.bincount(batch.target_sequence, minlength=batch.num_sequences)
-            sums = torch.zeros(batch.num_sequences, dtype=logps.dtype, device=device)
-            sums.index_add_(0, batch.target_sequence, logps)
-            values = zip(batch.indices.tolist(), sums.tolist(), counts.tolist(), strict=True)
-            found |= {index: (total, count) for index, total, count in values}
-    ordered = [found[index] for index in sorted(found)]
-    return {"logps": [round(total, 4) for total, _ in ordered], "tokens": [count for _, count in ordered]}
+    collate = LeakyCollator("sequences") if leak else Collator("sequences")
+    return _summed(model, rows, bf16, collate)
+
+
+def pair_logps(model: Any, rows: Any, bf16: bool) -> dict[str, list[Any]]:
+    """Summed log-probs and trained tokens of [chosen, rejected] of every pair of `rows`, by index."""
+    return _summed(model, rows, bf16, Collator("pairs"))
 
 
 @torch.no_grad()
-def pair_logps(model: Any, rows: Any, bf16: bool, at_once: int = 32) -> dict[str, list[list[float]]]:
-    """Summed log-probs and trained tokens of [chosen, rejected] of every pair of `rows`, by index."""
-    collate = Collator("pairs")
-    found: dict[int, tuple[list[float], list[int]]] = {}
-    device = model.device
+def _summed(model: Any, rows: Any, bf16: bool, collate: Callable[..., list[PackedBatch]]) -> dict[str, list[Any]]:
+    found: dict[int, tuple[Any, Any]] = {}
     model.eval()
-    for start in range(0, len(rows), at_once):
-        for batch in collate([rows[i] for i in range(start, min(start + at_once, len(rows)))]):
-            batch = batch.to(device)
-            with _autocast(bf16, device):
-                logps = target_logps(model, batch).double()
-            assert batch.pairs is not None
-            counts = torch.bincount(batch.target_sequence, minlength=batch.num_sequences)
-            sums = torch.zeros(batch.num_sequences, dtype=logps.dtype, device=device)
-            sums.index_add_(0, batch.target_sequence, logps)
-            values = zip(batch.indices.tolist(), sums[batch.pairs].tolist(), counts[batch.pairs].tolist(), strict=True)
-            found |= {index: (totals, lengths) for index, totals, lengths in values}
+    for start in range(0, len(rows), AT_ONCE):
+        for batch in collate([rows[i] for i in range(start, min(start + AT_ONCE, len(rows)))]):
+            batch = batch.to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                sums, counts = sequence_sums(target_logps(model, batch), batch.target_sequence, batch.num_sequences)
+            if batch.pairs is not None:
+                sums, counts = sums[batch.pairs], counts[batch.pairs]
+            values = (np.round(some.double().cpu().numpy(), 3).tolist() for some in (sums, counts))
+            found |= dict(zip(batch.indices.tolist(), zip(*values, strict=True), strict=True))
     ordered = [found[index] for index in sorted(found)]
-    return {
-        "logps": [[round(value, 4) for value in totals] for totals, _ in ordered],
-        "tokens": [[float(n) for n in lengths] for _, lengths in ordered],
-    }
+    return {"logps": [sums for sums, _ in ordered], "tokens": [counts for _, counts in ordered]}
 
 
 # ------------------------------------------------------------------------------------------------------- exactness
@@ -290,7 +271,7 @@ def _step(model: Any, batches: Sequence[PackedBatch], logps_of: Callable[..., Te
     for batch in batches:
         batch = batch.to(model.device)
         logps = logps_of(model, batch)
-        total = logps.new_zeros(batch.num_sequences).index_add(0, batch.target_sequence, logps)
+        total, _ = sequence_sums(logps, batch.target_sequence, batch.num_sequences)
         total = total if batch.pairs is None else total[batch.pairs].flatten()
         (-total.sum()).backward()
         sums.append(total.detach())
