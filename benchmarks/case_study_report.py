@@ -423,7 +423,7 @@ def _strata_panels(right: Any, mean: Any, results: Results) -> None:
             continue
         rows, places = strata(lengths, values), np.arange(len(names))
         shares = [row["right"] for row in rows]
-        bars = np.array([[s.value - s.low, s.high - s.value] if s.total else [0, 0] for s in shares]).T
+        bars = np.array([[s.value - s.low, s.high - s.value] if s.total else [0, 0] for s in shares]).T.clip(min=0)
         right.errorbar(places, [s.value for s in shares], yerr=bars, marker="o", label=name, color=colours[name])
         spread = float(values.std()) or 1.0
         means = [row["margin"].mean / spread for row in rows]

@@ -11,6 +11,7 @@ A way is put in place of names in `mambalign.train` while a run lasts (`in_place
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +135,11 @@ def in_place(way: str, seconds: float | None = None) -> Iterator[dict[str, Any]]
     that of the whole run.
     """
     facts: dict[str, Any] = {}
-    names: list[tuple[Any, str, Any]] = [(run, "PackedTrainer", _watched(facts, seconds))]
+    watch = _Watch(facts, seconds)
+    names: list[tuple[Any, str, Any]] = [(run, "PackedTrainer", _watched_by(watch))]
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: the run's own curves are left out", flush=True)
+        names += [(run.curves, "draw", lambda folders, target: None)]
     padded = PaddedLogps()
     if way == "padded":
         names += [(place, "target_logps", padded) for place in (reference, trainer)]
@@ -144,15 +149,19 @@ def in_place(way: str, seconds: float | None = None) -> Iterator[dict[str, Any]]
     else:
         assert way == "packed", way
     with _replaced(*names):
-        yield facts
+        try:
+            yield facts
+        finally:
+            watch.close()
     facts["padded_positions"] = padded.positions or None
 
 
-def _watched(facts: dict[str, Any], seconds: float | None) -> type[PackedTrainer]:
+def _watched_by(watch: _Watch) -> type[PackedTrainer]:
     class Watched(PackedTrainer):
         def __init__(self, **options: Any):
             super().__init__(**options)
-            self.add_callback(_Watch(facts, seconds))
+            self.add_callback(watch)
+            watch.began = time.perf_counter()
 
     return Watched
 
@@ -162,8 +171,7 @@ class _Watch(TrainerCallback):
 
     def __init__(self, facts: dict[str, Any], seconds: float | None):
         self.facts, self.seconds = facts, seconds
-        self.began = time.perf_counter()
-        self.evaluating = 0.0
+        self.began = self.evaluating = 0.0
         self.sampler: subprocess.Popen[str] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -186,7 +194,15 @@ class _Watch(TrainerCallback):
         self.facts["evaluating_s"] = self.evaluating
         if torch.cuda.is_available():
             self.facts["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.facts["utilisation"] = _mean_utilisation(self.sampler)
+        self.facts["utilisation"] = _mean_utilisation(self.close())
+
+    def close(self) -> str:
+        """End the sampler, if there is one; what it said."""
+        sampler, self.sampler = self.sampler, None
+        if sampler is None:
+            return ""
+        sampler.terminate()
+        return sampler.communicate()[0]
 
 
 def _sample_utilisation() -> subprocess.Popen[str] | None:
@@ -198,12 +214,8 @@ def _sample_utilisation() -> subprocess.Popen[str] | None:
         return None
 
 
-def _mean_utilisation(sampler: subprocess.Popen[str] | None) -> float | None:
+def _mean_utilisation(said: str) -> float | None:
     """Percent of the time in which at least one kernel ran, as nvidia-smi has it."""
-    if sampler is None:
-        return None
-    sampler.terminate()
-    said, _ = sampler.communicate()
     values = [int(line) for line in said.split("\n") if line.strip().isdigit()]
     return sum(values) / len(values) if values else None
 
