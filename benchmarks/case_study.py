@@ -73,8 +73,8 @@ class Study:
         for seed in SEEDS:
             for way in ("packed", "leaky"):
                 found[f"leak-{way}-{seed}"] = ("leak", lambda way=way, seed=seed: self.leak(way, seed))
-        for name in ("sft", "dpo", "cpt"):
-            found[f"{name}-padded"] = ("padded", lambda name=name: self.train(name, "padded"))
+        for name, way in (("sft", "padded"), ("dpo", "padded"), ("sft", "sorted"), ("cpt", "padded")):
+            found[f"{name}-{way}"] = ("padded", lambda name=name, way=way: self.train(name, way))
         return found
 
     def run(self) -> None:
@@ -145,7 +145,7 @@ class Study:
         self.new_model()
         folder = self.work / (name if way == "packed" else f"{name}-{way}")
         recipe = self.recipe(name, **({"output_dir": str(folder)} | changes))
-        with in_place(way, self.options.padded_seconds if way == "padded" else None) as facts:
+        with in_place(way, self.options.padded_seconds if way in ("padded", "sorted") else None) as facts:
             result = run(recipe.stage or name, recipe)
         folder = Path(str(recipe.output_dir))
         data = {split: some["report"] for split, some in json.loads((folder / DATA).read_text()).items()}

@@ -20,6 +20,7 @@ Results = dict[str, Any]
 Array = NDArray[np.float64]
 # Edges of chosen's tokens minus rejected's; about a tenth to a quarter of the held-out pairs lie in each stratum.
 EDGES = (-math.inf, -50.0, 0.0, 50.0, 150.0, 300.0, math.inf)
+WAYS = {"packed": "packed", "padded": "padded", "sorted": "padded by length"}
 TITLES = {"cpt": "pre-training", "sft": "SFT", "dpo": "DPO", "simpo": "SimPO"}
 
 # --------------------------------------------------------------------------------------------------------- statistics
@@ -132,19 +133,23 @@ def environment_table(results: Results) -> str:
     )
 
 
+def _ways(stages: Results, name: str) -> list[Results]:
+    """The packed run, and those in other ways that are there."""
+    keys = [name, *(f"{name}-{way}" for way in WAYS)]
+    return [stages[key] for key in keys if key in stages]
+
+
 def runs_table(results: Results) -> str:
     stages, rows = results["stages"], []
     for name in TITLES:
-        for stage in (stages.get(name), stages.get(f"{name}-padded")):
-            if stage is None:
-                continue
+        for stage in _ways(stages, name):
             pairs = name in ("dpo", "simpo")
             real = speed(stage, "step") * stage["batch"] if pairs else speed(stage)
             last = stage["curve"]["train"][-1]
             positions = stage["padded_positions"]
             rows.append(
                 [
-                    f"{TITLES[name]}, {stage['way']}",
+                    f"{TITLES[name]}, {WAYS[stage['way']]}",
                     f"{stage['steps']:,} of {stage['max_steps']:,}",
                     f"{last['num_tokens'] / 1e6:.1f} M",
                     f"{1 - last['num_tokens'] / positions:.0%}" if positions else "0%",
@@ -164,22 +169,18 @@ def runs_table(results: Results) -> str:
 def agreement_table(results: Results) -> str:
     stages, rows = results["stages"], []
     for name in ("cpt", "sft", "dpo"):
-        ours, theirs = same_steps(stages[name], stages[f"{name}-padded"])
-        pairs = name == "dpo"
-        unit = "step" if pairs else "num_tokens"
-        ratio = speed(stages[name], unit) / speed(stages[f"{name}-padded"], unit)
-        apart = np.abs(ours - theirs)
-        moved = f"{ours[0]:.3f} to {ours[-1]:.3f}"
-        rows.append([TITLES[name], str(len(ours)), moved, f"{apart.max():.1e}", f"{apart.mean():.1e}", f"{ratio:.1f}x"])
-    head = [
-        "run",
-        "log lines in both",
-        "loss over them",
-        "largest difference",
-        "mean difference",
-        "packed is faster by",
-    ]
-    return _table(head, rows)
+        packed, *others = _ways(stages, name)
+        if not others:
+            raise KeyError(f"{name}-padded")
+        unit = "step" if name == "dpo" else "num_tokens"
+        for other in others:
+            ours, theirs = same_steps(packed, other)
+            apart = np.abs(ours - theirs)
+            cells = [str(len(ours)), f"{ours[0]:.3f} to {ours[-1]:.3f}", f"{apart.max():.1e}", f"{apart.mean():.1e}"]
+            ratio = speed(packed, unit) / speed(other, unit)
+            rows.append([f"{TITLES[name]}, {WAYS[other['way']]}", *cells, f"{ratio:.1f}x"])
+    head = ["run", "log lines in both", "loss over them", "largest difference", "mean difference"]
+    return _table([*head, "packed is faster by"], rows)
 
 
 def exactness_table(results: Results) -> str:
@@ -401,13 +402,13 @@ def draw(results: Results, source: Path) -> Path | None:
 
 def _curves(axes: Any, stages: Results, name: str, by: str) -> None:
     """Training loss as lines, held-out loss as dots."""
-    for stage, colour in ((stages.get(name), OURS), (stages.get(f"{name}-padded"), PEER)):
-        if stage is None:
-            continue
-        style = {"color": colour, "linestyle": "-" if stage["way"] == "packed" else "--"}
+    colours = {"packed": (OURS, "-"), "padded": (PEER, "--"), "sorted": (TRANSFORMER, ":")}
+    for stage in _ways(stages, name):
+        colour, dash = colours[stage["way"]]
+        style = {"color": colour, "linestyle": dash}
         for split, loss in (("train", "loss"), ("eval", "eval_loss")):
             lines = stage["curve"][split]
-            mark = {"marker": "o", "linewidth": 0} if split == "eval" else {"linewidth": 1, "label": stage["way"]}
+            mark = {"marker": "o", "linewidth": 0} if split == "eval" else {"linewidth": 1, "label": WAYS[stage["way"]]}
             axes.plot([line[by] for line in lines], [line[loss] for line in lines], **style, **mark)
     unit = {"num_tokens": "tokens", "step": "step", "train_s": "seconds of training"}[by]
     axes.set(title=f"{TITLES[name]}: loss, held out as dots", xlabel=unit)

@@ -2,7 +2,8 @@
 
 `packed`: mambalign's own. `padded`: the same examples of the same steps as padded rows, as is usual: logits of all
 positions, every completion behind its own copy of the prompt, several passes a step because logits take memory. It is
-exact, and should give the same losses. `leaky`: a packed row is one sequence to the model, so the state at the end of
+exact, and should give the same losses. `sorted` is padded with the examples of a device batch in order of length, so
+with few pads. `leaky`: a packed row is one sequence to the model, so the state at the end of
 one document goes into the next, which is what other stacks do to a Mamba when they pack. Nothing is said, and the
 losses look well.
 
@@ -31,7 +32,6 @@ from mambalign.train import reference, run, trainer
 from mambalign.train.objectives import sequence_sums
 from mambalign.train.trainer import PackedTrainer, target_logps
 
-WAYS = ("packed", "padded", "leaky")
 ROWS = 16  # examples, or pairs, of a padded pass
 AT_ONCE = 32  # rows, or pairs, of a held-out pass
 MULTIPLE = 8  # of a padded length
@@ -47,8 +47,16 @@ class PaddedCollator:
         self.collate: Callable[..., PackedBatch] = collate_sequences if kind == "sequences" else collate_whole_pairs
 
     def __call__(self, items: Sequence[Sequence[Example]]) -> list[PackedBatch]:
-        examples = [example for item in items for example in item]
+        examples = self.ordered([example for item in items for example in item])
         return [self.collate(examples[start : start + ROWS]) for start in range(0, len(examples), ROWS)]
+
+    def ordered(self, examples: list[Example]) -> list[Example]:
+        return examples
+
+
+class SortedCollator(PaddedCollator):
+    def ordered(self, examples: list[Example]) -> list[Example]:
+        return sorted(examples, key=lambda example: len(example["input_ids"]))
 
 
 def collate_whole_pairs(pairs: Sequence[Example]) -> PackedBatch:
@@ -141,9 +149,10 @@ def in_place(way: str, seconds: float | None = None) -> Iterator[dict[str, Any]]
         print("matplotlib is not installed: the run's own curves are left out", flush=True)
         names += [(run.curves, "draw", lambda folders, target: None)]
     padded = PaddedLogps()
-    if way == "padded":
+    if way in ("padded", "sorted"):
+        collator = PaddedCollator if way == "padded" else SortedCollator
         names += [(place, "target_logps", padded) for place in (reference, trainer)]
-        names += [(place, "Collator", PaddedCollator) for place in (reference, run)]
+        names += [(place, "Collator", collator) for place in (reference, run)]
     elif way == "leaky":
         names += [(run, "Collator", LeakyCollator)]
     else:

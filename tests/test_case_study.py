@@ -139,7 +139,7 @@ def test_a_run_in_another_way_is_the_run(ways: ModuleType, tmp_path: Path, monke
     curve = script("case_study", monkeypatch).curve
     before = run_module.PackedTrainer, run_module.Collator
     losses = {}
-    bounds = {"packed": None, "padded": None, "leaky": 0.0}
+    bounds = {"packed": None, "padded": None, "sorted": 0.0, "leaky": 0.0}
     for way, bound in bounds.items():
         overrides = ["--output_dir", way, "--max_steps", "4", "--logging_steps", "1", "--report_to", "none"]
         overrides += ["--eval_strategy", "no", "--save_strategy", "no"]
@@ -147,9 +147,10 @@ def test_a_run_in_another_way_is_the_run(ways: ModuleType, tmp_path: Path, monke
         with ways.in_place(way, bound) as facts:
             run_module.run("sft", recipe)
         losses[way] = [line["loss"] for line in curve(Path(way))["train"]]
-        assert (facts["steps"], facts["max_steps"]) == (1 if way == "leaky" else 4, 4)
-        assert facts["training_s"] > 0 and bool(facts["padded_positions"]) is (way == "padded")
+        assert (facts["steps"], facts["max_steps"]) == (4 if bound is None else 1, 4)
+        assert facts["training_s"] > 0 and bool(facts["padded_positions"]) is (way in ("padded", "sorted"))
     assert len(losses["packed"]) == 4 and losses["padded"] == pytest.approx(losses["packed"], rel=1e-5)
+    assert losses["sorted"] == pytest.approx(losses["packed"][:1], rel=1e-5)
     assert losses["leaky"][0] != pytest.approx(losses["packed"][0], rel=1e-6)
     assert (run_module.PackedTrainer, run_module.Collator) == before
 
@@ -240,7 +241,7 @@ def test_tables_and_plot_come_from_the_json_alone(report: ModuleType, tmp_path: 
     results = json.loads(json.dumps(made_up()))
     tables = {name: table(results) for name, table in report.TABLES.items()}
     assert "| SFT, padded | 3 of 6 | 0.0 M | 75% |" in tables["runs"] and "500 tokens/s" in tables["runs"]
-    assert "| SFT | 3 | 3.000 to 3.000 | 0.0e+00 | 0.0e+00 | 4.0x |" in tables["agreement"]
+    assert "| SFT, padded | 3 | 3.000 to 3.000 | 0.0e+00 | 0.0e+00 | 4.0x |" in tables["agreement"]
     assert "Leaky minus leak-free, read alone: 0.1000 ± 0.0000 over seeds (+0.1000, +0.1000)" in tables["leakage"]
     assert "`` a 'b' ``" in tables["samples"] and "`` Say b ``" in tables["samples"]
     target = report.draw(results, tmp_path / "made_up.json")
