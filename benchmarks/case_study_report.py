@@ -129,7 +129,8 @@ def environment_table(results: Results) -> str:
         raise ValueError("these are results of --tiny, which mean nothing: run it on a GPU")
     return (
         f"{facts['date']}, one {facts['card']}, torch {facts['torch']}, transformers {facts['transformers']}; "
-        f"{width} wide, {layers} layers, bf16 autocast on fp32 weights."
+        f"{width} wide, {layers} layers, bf16 autocast on fp32 weights. Padded runs end after "
+        f"{results['settings']['padded_seconds']:g} seconds of training."
     )
 
 

@@ -55,6 +55,8 @@ class PaddedCollator:
 
 
 class SortedCollator(PaddedCollator):
+    """As `PaddedCollator("sequences")`, the examples in order of length."""
+
     def ordered(self, examples: list[Example]) -> list[Example]:
         return sorted(examples, key=lambda example: len(example["input_ids"]))
 

@@ -233,7 +233,7 @@ def made_up() -> dict[str, Any]:
         stages[f"leak-packed-{seed}"] = {"alone": documents, "leaking": worse}
         stages[f"leak-leaky-{seed}"] = {"alone": worse, "leaking": documents}
     versions = {"date": "today", "card": "CARD", "torch": "2", "transformers": "5"}
-    settings = {"tiny": False, "size": [512, 10], "seeds": [1, 2]}
+    settings = {"tiny": False, "size": [512, 10], "seeds": [1, 2], "padded_seconds": 60.0}
     return {"benchmark": "case_study", "environment": versions, "settings": settings, "stages": stages}
 
 
