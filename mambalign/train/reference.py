@@ -116,7 +116,7 @@ def _compute(
         with autocast():
             logps = target_logps(model, batch)
         sums, _ = sequence_sums(logps, batch.target_sequence, batch.num_sequences)
-        part[batch.indices.cpu() - indices.start] = sums[batch.pairs].float().cpu()
+        part[batch.indices - indices.start] = sums[batch.pairs].float().cpu()
     return part
 
 

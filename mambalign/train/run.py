@@ -384,6 +384,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         values["greater_is_better"] = False  # transformers would take the largest of all but losses
     if not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False  # nothing to pin for: every run would warn of it
+    elif recipe.dataloader_pin_memory:
+        values["accelerator_config"] = {"non_blocking": True}  # else each batch waits for the step before it
     sharding.wanted(recipe, processes=1)
     if recipe.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError(

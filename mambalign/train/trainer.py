@@ -26,10 +26,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows
 from mambalign.models import files
+from mambalign.ops.backends import send
 from mambalign.support import write_json
 from mambalign.train import checkpoint as checkpoints
 from mambalign.train import sharding
 from mambalign.train.callbacks import AdapterAudit, MetricsFile, Milestones
+from mambalign.train.finite import FiniteWatch, NonFiniteLossError
 from mambalign.train.objectives import (
     Completions,
     PreferenceOptions,
@@ -49,13 +51,6 @@ if TYPE_CHECKING:  # PEFT takes seconds to import
 logger = logging.getLogger("mambalign")
 
 ACCUMULATORS = "accumulators.json"
-
-
-class NonFiniteLossError(RuntimeError):
-    """Loss, gradient or weights became NaN or infinite; the message names the step and the rows, and says what to try.
-
-    No checkpoint of such weights is ever published.
-    """
 
 
 class Objective(Protocol):
@@ -134,7 +129,7 @@ class PreferenceObjective:
         for side, k in enumerate(batch.pairs.unbind(1)):
             reference = None
             if self.options.needs_reference:
-                reference = self.reference[split][batch.indices.cpu(), side].to(sums)
+                reference = send(self.reference[split][batch.indices, side], sums.device).to(sums)
             sides.append(Completions(sums.index_select(0, k), lengths.index_select(0, k), reference))
         chosen, rejected = sides
         losses = preference_loss(chosen, rejected, self.options)
@@ -213,6 +208,7 @@ class PackedTrainer(Trainer):
             callbacks=[self._metrics_file, self.milestones] + ([AdapterAudit()] if adapters else []),
         )
         self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
+        self._finite = FiniteWatch()
         self._sums: dict[str, float | Tensor] = {}
         self._totals = {"items": 0, "tokens": 0, "tokens_seen": 0, "prompt_tokens_saved": 0}
         self._clock: float | None = None  # set by the first step: loading is not training
@@ -238,7 +234,7 @@ class PackedTrainer(Trainer):
             # DDP decides in the forward pass whether the backward pass will exchange gradients.
             with nullcontext() if number == passes - 1 else self.accelerator.no_sync(model):
                 if number < len(inputs):
-                    batch = inputs[number].to(self.args.device)
+                    batch = inputs[number].to(self.args.device, non_blocking=True)
                     total += self._forward_backward(model, batch, num_items_in_batch)
                 else:  # no rows left for this process, and the others wait for its gradients: zeros
                     answer = self.objective.ask(model, placeholder().to(self.args.device))
@@ -254,10 +250,8 @@ class PackedTrainer(Trainer):
             loss, sums = self.objective(self.objective.ask(model, batch), batch, "train")
         # DDP averages gradients over processes; the count is over all of them, so put the sum back.
         loss = loss * self.accelerator.num_processes / num_items
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteLossError(
-                self._advice(f"loss is {float(loss.detach())}", self.state.global_step + 1, batch.indices.tolist())
-            )
+        step, rows = self.state.global_step + 1, batch.indices.tolist()
+        self._finite.watch(loss, lambda value: self._advice(f"loss is {value}", step, rows))
         self.accelerator.backward(loss)
         self._count(batch, sums)
         return loss.detach()
@@ -268,13 +262,16 @@ class PackedTrainer(Trainer):
         self._indices = []
         norm = None if norm is None else sharding.whole_tensor(norm)
         # fp16's loss scaling expects overflows: it skips the step and lowers the scale.
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+        if norm is not None and self.accelerator.scaler is None:
             step = self.state.global_step + 1
-            raise NonFiniteLossError(self._advice(f"the gradient's norm is {float(norm)}", step, indices))
+            self._finite.watch(
+                torch.as_tensor(norm), lambda value: self._advice(f"the gradient's norm is {value}", step, indices)
+            )
         return norm
 
     def check_weights(self) -> None:
         """Raises `NonFiniteLossError` if one is not finite: in 16 bits an optimizer overflows on finite gradients."""
+        self._finite.settle()
         # What is frozen cannot have changed, and packed 4-bit numbers may look like anything.
         trained = ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
         broken = (name for name, value in trained if not bool(torch.isfinite(sharding.local_part(value)).all()))
@@ -363,6 +360,8 @@ class PackedTrainer(Trainer):
         closing = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
         if closing and not self.milestones.epoch_ended:
             return
+        if self.control.should_log or self.control.should_evaluate:
+            self._finite.settle()
         stop, save = self.preemption.step_ends()
         evaluate, planned = self.control.should_evaluate, self.control.should_save
         self.control.should_save = planned or save or stop
@@ -406,7 +405,7 @@ class PackedTrainer(Trainer):
             for _ in range(len(batches), self._passes(len(batches))):
                 self.objective.ask(model, placeholder().to(self.args.device))
             for batch in batches:
-                batch = batch.to(self.args.device)
+                batch = batch.to(self.args.device, non_blocking=True)
                 with self.compute_loss_context_manager():
                     _, part = self.objective(self.objective.ask(model, batch), batch, "eval")
                 for name, value in part.items():
