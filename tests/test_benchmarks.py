@@ -25,7 +25,18 @@ from mambalign.models.mamba import MambaMixer, RMSNorm
 from mambalign.ops import Segments, causal_conv1d, selective_scan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("common", "models", "ops", "train_step", "real_data", "sft_real", "dpo_real", "decode", "plot")
+SCRIPTS = (
+    "common",
+    "models",
+    "ops",
+    "train_step",
+    "real_data",
+    "sft_real",
+    "dpo_real",
+    "decode",
+    "plot",
+    "long_context",
+)
 
 
 class Block(nn.Module):
@@ -230,6 +241,19 @@ def test_decode(script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch
     monkeypatch.setattr(MambaLMHeadModel, "error", 1.0)
     with pytest.raises(SystemExit, match="differs from mamba-ssm's from token 0 on: no numbers"):
         main(gpu)
+
+
+def test_long_context(script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_context, file = script("long_context"), tmp_path / "long_context.json"
+    options = ["--tiny", "--repeats", "1", "--json", str(file)]
+    long_context.main(options)
+    written = json.loads(file.read_text())
+    ways = {"exact", "truncated", "whole", "whole, recomputed"}
+    assert {(row["length"], row["who"]) for row in written["rows"]} == {(n, w) for n in (64, 256, 512) for w in ways}
+    assert 0 < written["largest_gradient_error"] < 1e-5
+    monkeypatch.setattr(long_context, "TOLERANCE", 0.0)
+    with pytest.raises(SystemExit, match="no numbers"):
+        long_context.main(options)
 
 
 def test_training_cases_cover_what_is_claimed(script: Callable[[str], ModuleType]) -> None:

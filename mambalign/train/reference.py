@@ -25,9 +25,9 @@ from transformers.utils import logging as hf_logging
 
 from mambalign.data.packing import Collator, PackedRows
 from mambalign.recipe import UserError
+from mambalign.train.asking import target_logps
 from mambalign.train.objectives import sequence_sums
 from mambalign.train.preemption import Preemption
-from mambalign.train.trainer import target_logps
 
 logger = logging.getLogger("mambalign")
 
