@@ -37,7 +37,7 @@ import hooks
 
 ROOT = hooks.ROOT
 # A page whose every command needs the same.
-WHOLE_PAGES = {"docs/performance.md": "a GPU, or a quiet machine", "CONTRIBUTING.md": "minutes"}
+WHOLE_PAGES = {"docs/performance.md": "a GPU, or a quiet machine"}
 CI = "CI runs this"
 COMMANDS = ("bash", "make", "mambalign", "pip", "python", "sbatch", "torchrun", "condor_submit", "lm_eval", "vllm")
 PROGRAMS = ("mambalign", "make", "pip")

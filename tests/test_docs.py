@@ -236,6 +236,21 @@ def test_the_objectives_page_has_every_loss() -> None:
     assert shown == set(LOSSES)
 
 
+def test_numbers_of_other_pages_are_those_of_the_performance_page() -> None:
+    measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    for page, numbers in {
+        "planning": ("273,300", "22,700", "17,900", "48.7"),
+        "preferences": ("4.8", "62.5"),
+        "choosing": ("1.27", "6.3"),
+    }.items():
+        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+        for number in numbers:
+            assert all(re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d|,\d)", each) for each in (text, measured)), (
+                page,
+                number,
+            )
+
+
 def test_performance_shows_the_measured_numbers() -> None:
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     measured = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))["rows"]
