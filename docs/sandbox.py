@@ -89,7 +89,8 @@ def ready() -> Iterator[tuple[Path, dict[str, str]]]:
         client.chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(hooks.ROOT), "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hub"), "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hub"),
+        "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     server = subprocess.Popen([sys.executable, __file__, address], env=environment, start_new_session=True)
     try:

@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -68,10 +69,27 @@ def test_the_handbook_builds_without_a_warning_and_fetches_nothing(tmp_path: Pat
             r"<link[^>]* rel=\"?(?:stylesheet|preconnect|icon)\"?[^>]* href=\"?(https?:[^\" >]+)", text
         )
         assert not fetched, f"{page}: {fetched}"
+    assert _broken_links(tmp_path, pages) == []
     shown = (tmp_path / "reference/recipe-keys.html").read_text(encoding="utf-8")
     assert 'id="simpo_gamma"' in shown and "generated:" not in shown
     api = (tmp_path / "reference/api.html").read_text(encoding="utf-8")
     assert "bradley_terry_loss" in api and "<blockquote>" not in api
+
+
+def _broken_links(site: Path, pages: list[Path]) -> list[str]:
+    """Links within the built site that lead to no file, or to no anchor of it."""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    anchors = {page: set(re.findall(r"\b(?:id|name)=\"?([^\" >]+)", text)) for page, text in texts.items()}
+    broken = []
+    for page, text in texts.items():
+        for link in set(re.findall(r"\b(?:href|src)=\"?([^\" >]+)", text)):
+            path, _, anchor = unquote(link).partition("#")
+            target = Path(os.path.normpath(page.parent / path)) if path else page
+            if re.match(r"[a-z]+:", link) or page.name == "404.html" or anchor.startswith("__"):
+                continue
+            if not target.exists() or (anchor and target in anchors and anchor not in anchors[target]):
+                broken.append(f"{page.relative_to(site)}: {link}")
+    return broken
 
 
 # ---------------------------------------------------------------------------------- the checks find what they are for
