@@ -88,7 +88,7 @@ class Module:
     def __init__(self, source: Path, macros: tuple[tuple[str, int], ...], device: torch.device):
         from cuda.bindings import driver
 
-        self._driver, self.source = driver, source
+        self._driver, self.source, self.macros = driver, source, dict(macros)
         self.device = device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
         started = time.perf_counter()
         self._image = _compile(source, macros, device)

@@ -13,6 +13,7 @@ from mambalign.ops import (
     Segments,
     add_rms_norm,
     causal_conv1d,
+    cuda_conv,
     cuda_logps,
     cuda_norm,
     cuda_scan,
@@ -52,6 +53,7 @@ def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
     monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
+    monkeypatch.setattr(cuda_conv, "STATIC", False)
     yield
 
 
@@ -177,6 +179,7 @@ def test_both_halves_gradients_are_written_into_one_tensor(
     dtype: torch.dtype, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_scan, "STATIC", static)
+    monkeypatch.setattr(cuda_conv, "STATIC", static)
     xz, weights, segments = block_inputs(dtype)
     wanted = torch.randn(39, 8).to(dtype)
     theirs = torch.autograd.grad(block(xz, weights, False, segments), xz, wanted)[0]
