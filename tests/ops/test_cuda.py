@@ -81,6 +81,15 @@ def test_scan(tree: str, dtype: torch.dtype, pieces: None) -> None:
         compare(selective_scan, inputs, dtype, segments=segments, delta_softplus=True)
 
 
+@pytest.mark.parametrize("N", [3, 16])
+def test_scan_of_a_logarithm(N: int) -> None:
+    """A as models keep it: the same results, and the logarithm's gradient."""
+    segments = Segments.from_lengths([9, 4, 6], [-1, 0, 0])
+    inputs = scan_inputs(19, 3, torch.float32, D=40, N=N)
+    inputs["A"] = inputs["A"].detach().neg().log().requires_grad_()
+    compare(selective_scan, inputs, torch.float32, segments=segments, log_A=True)
+
+
 def test_scan_compiled_for_its_row_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; here every shape but this one shares a build that reads the lengths at run time."""
     monkeypatch.setattr(cuda_scan, "STATIC", True)
@@ -335,6 +344,8 @@ def test_what_a_backend_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_structs_of_host_and_kernels_agree() -> None:
     for source, constants in (
+        (cuda_scan.PARAMETERS, {"STATES": cuda_scan.STATES}),
+        (nvrtc.PREAMBLE, {"SUMMERS": nvrtc.SUMMERS // 32}),
         (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
         (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES}),
     ):
