@@ -8,6 +8,7 @@ shape, which is then added to the rows it belongs to: several children of one pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -188,17 +189,36 @@ def _prepared(weight: Tensor, bias: Tensor | None, chart: Plan) -> dict[str, Any
 def _module(x: Tensor, activation: str | None, values: dict[str, Any], d_x_stride: int) -> Any:
     """The kernels for these tensors; where gradients are to come in their usual layout, for both directions."""
     weight, width = values["weight"], x.shape[1]
-    strides = {f"{name}_stride": width for name in ("d_y", "d_y_again")} | {"d_x_stride": d_x_stride}
-    strides = {name: values.get(name, usual) for name, usual in ({"x_stride": 0} | strides).items()}
+    strides = (
+        values["x_stride"],
+        values.get("d_y_stride", width),
+        values.get("d_y_again_stride", width),
+        values.get("d_x_stride", d_x_stride),
+    )
     vector = _vector(width, strides, x, values)
-    macros = {"IO": IO[x.dtype], "W_IO": IO[weight.dtype], "W": weight.shape[1], "VEC": vector}
+    return _compiled(
+        x.dtype, weight.dtype, weight.shape[1], vector, activation, (width, *strides) if STATIC else (), x.device
+    )
+
+
+@cache
+def _compiled(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    width: int,
+    vector: int,
+    activation: str | None,
+    static: tuple[int, ...],
+    device: torch.device,
+) -> Any:
+    macros = {"IO": IO[dtype], "W_IO": IO[weight_dtype], "W": width, "VEC": vector}
     # Blocks to a multiprocessor, by registers: 128 a thread for the usual four taps of 16 bits.
-    blocks = 1 if weight.shape[1] > 4 else 4 if x.itemsize == 2 else 3
+    blocks = 1 if width > 4 else 4 if dtype.itemsize == 2 else 3
     macros |= {"SILU": int(activation == "silu"), "THREADS": THREADS, "BLOCKS": blocks}
-    if STATIC:
-        macros |= {"STATIC": 1, "STATIC_WIDTH": width}
-        macros |= {f"STATIC_{name.removesuffix('_stride')}": stride for name, stride in strides.items()}
-    return module(tuple(macros.items()), x.device)
+    if static:
+        names = ("WIDTH", "x", "d_y", "d_y_again", "d_x")
+        macros |= {"STATIC": 1} | {f"STATIC_{name}": n for name, n in zip(names, static, strict=True)}
+    return module(tuple(macros.items()), device)
 
 
 def _launch(kernels: Any, kernel: str, values: dict[str, Any]) -> None:
@@ -206,11 +226,16 @@ def _launch(kernels: Any, kernel: str, values: dict[str, Any]) -> None:
     kernels.launch(kernel, (values["num_runs"], blocks), THREADS, values)
 
 
-def _vector(width: int, strides: dict[str, int], x: Tensor, values: dict[str, Any]) -> int:
+def _vector(width: int, strides: tuple[int, ...], x: Tensor, values: dict[str, Any]) -> int:
     """Channels a thread reads at once: VECTOR where every row starts at a multiple of as many, else 1."""
-    tensors = [values.get(name) for name in ("x", "d_y", "d_y_again", "d_x", "weight")]
-    aligned = all(t is None or t.data_ptr() % (VECTOR * t.itemsize) == 0 for t in tensors)
-    return VECTOR if aligned and all(n % VECTOR == 0 for n in (width, *strides.values())) else 1
+    for n in (width, *strides):
+        if n % VECTOR:
+            return 1
+    for name in ("x", "d_y", "d_y_again", "d_x", "weight"):
+        tensor = values.get(name)
+        if tensor is not None and tensor.data_ptr() % (VECTOR * tensor.itemsize):
+            return 1
+    return VECTOR
 
 
 def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:

@@ -54,7 +54,12 @@ def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
     monkeypatch.setattr(cuda_conv, "STATIC", False)
+    chosen = (cuda_conv._compiled, cuda_norm._launcher)  # they hold on to modules
+    for cached in chosen:
+        cached.cache_clear()
     yield
+    for cached in chosen:
+        cached.cache_clear()
 
 
 @pytest.fixture(params=["whole segments", "pieces"])
