@@ -121,7 +121,7 @@ def test_what_a_forward_pass_keeps_is_near_the_formula(case: str, monkeypatch: p
     from transformers import AutoConfig
 
     from mambalign.models.mamba import model_class
-    from mambalign.ops import cuda_scan, nvrtc
+    from mambalign.ops import nvrtc
     from mambalign.ops.segments import Segments
 
     family, kernels = case.split()[0], "GPU" in case
@@ -129,9 +129,12 @@ def test_what_a_forward_pass_keeps_is_near_the_formula(case: str, monkeypatch: p
     config = AutoConfig.for_model(family, hidden_size=128, num_hidden_layers=4, vocab_size=64, **sizes[family])
     model: Any = model_class(config)(config).train()
     if kernels:  # what they would keep; nothing is launched
-        monkeypatch.setattr(nvrtc, "module", lambda *_: SimpleNamespace(launch=lambda *_: None))
+        stub = SimpleNamespace(launch=lambda *_: None)
+        monkeypatch.setattr(
+            nvrtc, "module", lambda _, macros, device: SimpleNamespace(macros=dict(macros), **vars(stub))
+        )
         monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
-        monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 1)
+        monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
         model = model.bfloat16()
         model.set_backend("cuda")
     tokens = 256

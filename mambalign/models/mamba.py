@@ -191,7 +191,7 @@ class PackedMixer(StatefulMixer):
         scanned: Any = selective_scan(
             x,
             delta,
-            -torch.exp(self.A_log),
+            self.A_log,
             B,
             C,
             self.D,
@@ -202,6 +202,7 @@ class PackedMixer(StatefulMixer):
             initial_state=ssm_state,
             output_final_state=caching,
             joint=joint,
+            log_A=True,
             backend=self.backend,
         )
         y, ssm_state = scanned if caching else (scanned, None)

@@ -1,11 +1,16 @@
 // Depthwise causal convolution on a GPU, forward and backward: see ops/cuda_conv.py.
 //
 // Bound by memory: a thread owns VEC neighbouring channels and walks a run of tokens of one segment with the window in
-// registers, so every input is read once, but for W - 1 rows around each run.
+// registers, so every input is read once, but for W - 1 rows around each run. The next GROUP tokens are on their way
+// while these are worked on, and stay as they are stored until then: a number is widened where it is used, since that is
+// where a thread waits for it.
 //
-// Compiled for one element type (IO as in scalars.cuh), number of taps W and vector width VEC.
+// Compiled for one element type (IO as in scalars.cuh), that of weight and bias (W_IO), number of taps W, vector width VEC
+// (4 or 1), with or without the activation (SILU), for THREADS a block.
 
 #define GROUP 4  // tokens whose loads are in flight together
+
+typedef Scalar<W_IO>::type w_io;
 
 // Tokens [begin, begin + length) of `segment`; the segment ends at `end`, and `offset` of its tokens lie before `begin`.
 struct Run {
@@ -14,7 +19,7 @@ struct Run {
 
 struct Params {
   const io *x, *d_y, *d_y_again;  // the last: of the same outputs, from another user of theirs; or null
-  const float *weight, *bias;  // [W, D]; [D] or null
+  const w_io *weight, *bias;      // [D, W]; [D] or null
   i64 x_stride, d_y_stride, d_y_again_stride, d_x_stride;
   const Run* runs;
   const int* windows;    // [S, W - 1]: rows of x before each segment on its path, oldest first; -1 - k: row k of `initial`
@@ -22,49 +27,68 @@ struct Params {
   io *y, *d_x;           // contiguous [T, D]; [T, D] with a row stride
   float* d_weights;      // [runs, W + 1, D]: the shares of every run in the gradients of the taps and of the bias
   float* d_windows;      // [S * (W - 1), D]: gradient of what lies before each segment
-  i64 num_channels, silu;
+  w_io *d_weight, *d_bias;  // as weight and bias
+  i64 num_channels, num_runs;
 };
+
+// Row lengths that are known when compiling (STATIC) make addresses free; the host passes the same ones in Params.
+#ifdef STATIC
+#define WIDTH(p) STATIC_WIDTH
+#define STRIDE(p, name) STATIC_##name
+#else
+#define WIDTH(p) ((int)(p).num_channels)
+#define STRIDE(p, name) ((int)(p).name##_stride)
+#endif
 
 struct Row {
   float v[VEC];
 };
 
-struct alignas(VEC * sizeof(io)) Pack {
-  io v[VEC];
+// A row as it is stored; zeros are zeros in every type.
+#if VEC == 4
+typedef Four Pack;
+__device__ __forceinline__ Row numbers(const Pack& pack) {
+  const Quad quad = widen(pack);
+  return Row{{quad.v[0], quad.v[1], quad.v[2], quad.v[3]}};
+}
+__device__ __forceinline__ Pack stored(const Row& row) { return narrow(Quad{{row.v[0], row.v[1], row.v[2], row.v[3]}}); }
+#else
+struct Pack {
+  io v[1];
 };
+__device__ __forceinline__ Row numbers(const Pack& pack) { return Row{{widen(pack.v[0])}}; }
+__device__ __forceinline__ Pack stored(const Row& row) { return Pack{{narrow(row.v[0])}}; }
+#endif
 
-__device__ __forceinline__ Row zero_row() {
-  Row row;
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) row.v[i] = 0.f;
-  return row;
-}
-
-__device__ __forceinline__ Row load_row(const io* from) {
-  const Pack pack = *(const Pack*)from;
-  Row row;
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) row.v[i] = widen(pack.v[i]);
-  return row;
-}
-
-__device__ __forceinline__ void store_row(io* to, const Row& row) {
-  Pack pack;
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) pack.v[i] = narrow(row.v[i]);
-  *(Pack*)to = pack;
-}
+#define EACH(i) _Pragma("unroll") for (int i = 0; i < VEC; ++i)
 
 __device__ __forceinline__ Row load_floats(const float* from) {
   Row row;
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) row.v[i] = from[i];
+  EACH(i) row.v[i] = from[i];
   return row;
 }
 
 __device__ __forceinline__ void store_floats(float* to, const Row& row) {
+  EACH(i) to[i] = row.v[i];
+}
+
+// What a thread convolves with. The taps of VEC channels lie together, in W packs.
+struct Taps {
+  Row tap[W], bias;
+};
+
+__device__ __forceinline__ Taps load_taps(const Params& p, int channel) {
+  struct alignas(VEC * sizeof(w_io)) Piece {
+    w_io v[VEC];
+  } pieces[W];
+  Taps taps;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) to[i] = row.v[i];
+  for (int k = 0; k < W; ++k) pieces[k] = *(const Piece*)(p.weight + channel * W + k * VEC);
+#pragma unroll
+  for (int k = 0; k < W; ++k)
+    EACH(i) taps.tap[k].v[i] = Scalar<W_IO>::widen(pieces[(i * W + k) / VEC].v[(i * W + k) % VEC]);
+  EACH(i) taps.bias.v[i] = p.bias ? Scalar<W_IO>::widen(p.bias[channel + i]) : 0.f;
+  return taps;
 }
 
 // The input `distance` tokens before the run's first one, on its path.
@@ -72,134 +96,172 @@ __device__ __forceinline__ Row before(const Params& p, const Run& run, int dista
   i64 row = run.begin - distance;
   if (distance > run.offset) {
     row = p.windows[run.segment * (W - 1) + (W - 1) - (distance - run.offset)];
-    if (row < 0) return p.initial ? load_floats(p.initial + (-1 - row) * p.num_channels + channel) : zero_row();
+    if (row < 0) return p.initial ? load_floats(p.initial + (-1 - row) * WIDTH(p) + channel) : Row{};
   }
-  return load_row(p.x + row * p.x_stride + channel);
+  return numbers(*(const Pack*)(p.x + row * STRIDE(p, x) + channel));
 }
 
-__device__ __forceinline__ Row convolve(const Row (&taps)[W], const Row& bias, const Row (&window)[W]) {
-  Row sum = bias;
+// The W inputs that the last of them is convolved with, before the first token of a run.
+__device__ __forceinline__ void load_window(Row (&window)[W], const Params& p, const Run& run, int channel) {
+#pragma unroll
+  for (int k = 0; k + 1 < W; ++k) window[k + 1] = before(p, run, W - 1 - k, channel);
+}
+
+__device__ __forceinline__ Row convolve(const Taps& taps, const Row (&window)[W]) {
+  Row sum = taps.bias;
 #pragma unroll
   for (int k = 0; k < W; ++k)
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) sum.v[i] += taps[k].v[i] * window[k].v[i];
+    EACH(i) sum.v[i] += taps.tap[k].v[i] * window[k].v[i];
   return sum;
 }
 
-__device__ __forceinline__ void shift(Row (&rows)[W]) {
+__device__ __forceinline__ void shift(Row (&rows)[W], const Row& last) {
 #pragma unroll
   for (int k = 0; k + 1 < W; ++k) rows[k] = rows[k + 1];
+  rows[W - 1] = last;
 }
 
-__device__ __forceinline__ void load_group(Row (&rows)[GROUP], const io* from, i64 stride, int first, int end, int channel) {
+// The next GROUP rows, as they are stored; zeros for rows that are not there.
+struct Group {
+  Pack row[GROUP];
+};
+
+__device__ __forceinline__ Pack load_pack(const io* from, bool there) { return there ? *(const Pack*)from : Pack{}; }
+
+__device__ __forceinline__ Group load_group(const io* from, int stride, int left) {
+  Group group;
 #pragma unroll
-  for (int j = 0; j < GROUP; ++j) rows[j] = first + j < end ? load_row(from + (first + j) * stride + channel) : zero_row();
+  for (int j = 0; j < GROUP; ++j) group.row[j] = load_pack(from + j * stride, j < left);
+  return group;
 }
 
-extern "C" __global__ void __launch_bounds__(128) conv_forward(const Params p) {
-  const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
-  if (channel >= p.num_channels) return;
+// Row j of a group, whose place is taken by the row GROUP further on.
+__device__ __forceinline__ Row take(Group& group, int j, const io* further, bool there) {
+  const Row row = numbers(group.row[j]);
+  group.row[j] = load_pack(further, there);
+  return row;
+}
+
+// Where the rows of a run begin.
+#define FROM(name) (p.name + (i64)run.begin * STRIDE(p, name) + channel)
+
+// Outputs of GROUP tokens, `left` of which (ALL: those, and as many more) are the run's.
+template <bool ALL>
+__device__ __forceinline__ void forward_group(const Params& p, const Taps& taps, Row (&window)[W], Group& next, const io* from, io* to,
+                                              int left) {
+#pragma unroll
+  for (int j = 0; j < GROUP; ++j) {
+    shift(window, take(next, j, from + (GROUP + j) * STRIDE(p, x), ALL || GROUP + j < left));
+    Row y = convolve(taps, window);
+    if (SILU) EACH(i) y.v[i] *= sigmoid(y.v[i]);
+    if (ALL || j < left) *(Pack*)(to + j * WIDTH(p)) = stored(y);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(const Params p) {
+  const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
+  if (channel >= WIDTH(p)) return;
   const Run run = p.runs[blockIdx.x];
-  const Row bias = p.bias ? load_floats(p.bias + channel) : zero_row();
-  Row taps[W], window[W], next[GROUP];
+  const io* from = FROM(x);
+  io* to = p.y + (i64)run.begin * WIDTH(p) + channel;
+  Group next = load_group(from, STRIDE(p, x), run.length);
+  const Taps taps = load_taps(p, channel);
+  Row window[W];
+  load_window(window, p, run, channel);
+  for (int left = run.length; left > 0; left -= GROUP) {
+    if (left >= 2 * GROUP)
+      forward_group<true>(p, taps, window, next, from, to, left);
+    else
+      forward_group<false>(p, taps, window, next, from, to, left);
+    from += GROUP * STRIDE(p, x), to += GROUP * WIDTH(p);
+  }
+}
+
+// What a thread carries from token to token on its way through a run, from where it reads and to where it writes.
+struct Backward {
+  Taps taps, d_taps;
+  Row window[W], d_pre[W];  // d_pre: gradients of the last W outputs before their activation
+  Group x, d_y, d_y_again;
+  const io *from_x, *from_d, *from_again;
+  io* to;
+};
+
+// The GROUP tokens from t on (counted from the run's first). The gradient of an input is whole when the last output that
+// saw it has been: that of token t + j - (W - 1) is written with token t + j. INSIDE says that all of these are the run's,
+// and GROUP more are there to be read.
+template <bool INSIDE>
+__device__ __forceinline__ void backward_group(const Params& p, Backward& at, const Run& run, int t, int end, int channel) {
 #pragma unroll
-  for (int k = 0; k < W; ++k) taps[k] = load_floats(p.weight + k * p.num_channels + channel);
-#pragma unroll
-  for (int k = 0; k + 1 < W; ++k) window[k + 1] = before(p, run, W - 1 - k, channel);
-  const int end = run.begin + run.length;
-  load_group(next, p.x, p.x_stride, run.begin, end, channel);
-  for (int t = run.begin; t < end; t += GROUP) {
-    Row x[GROUP];
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) x[j] = next[j];
-    load_group(next, p.x, p.x_stride, t + GROUP, end, channel);
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) {
-      if (t + j >= end) break;
-      shift(window);
-      window[W - 1] = x[j];
-      Row y = convolve(taps, bias, window);
-      if (p.silu)
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) y.v[i] *= sigmoid(y.v[i]);
-      store_row(p.y + (t + j) * p.num_channels + channel, y);
+  for (int j = 0; j < GROUP; ++j) {
+    const bool there = INSIDE || t + GROUP + j < end;
+    shift(at.window, take(at.x, j, at.from_x + (GROUP + j) * STRIDE(p, x), there));
+    Row d = take(at.d_y, j, at.from_d + (GROUP + j) * STRIDE(p, d_y), there);  // zero past the segment's end
+    const Row again = take(at.d_y_again, j, at.from_again + (GROUP + j) * STRIDE(p, d_y_again), at.from_again && there);
+    EACH(i) d.v[i] += again.v[i];
+    if (SILU) {
+      const Row pre = convolve(at.taps, at.window);
+      EACH(i) {
+        const float gate = sigmoid(pre.v[i]);
+        d.v[i] *= gate * (1.f + pre.v[i] * (1.f - gate));
+      }
     }
-  }
-}
-
-__device__ __forceinline__ void load_gradients(Row (&rows)[GROUP], const Params& p, int first, int end, int channel) {
-  load_group(rows, p.d_y, p.d_y_stride, first, end, channel);
-  if (!p.d_y_again) return;
-  Row others[GROUP];
-  load_group(others, p.d_y_again, p.d_y_again_stride, first, end, channel);
-#pragma unroll
-  for (int j = 0; j < GROUP; ++j)
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) rows[j].v[i] += others[j].v[i];
-}
-
-// Walks the run and W - 1 tokens on: the gradient of an input is whole when the last output that saw it has been.
-extern "C" __global__ void __launch_bounds__(128) conv_backward(const Params p) {
-  const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
-  if (channel >= p.num_channels) return;
-  const Run run = p.runs[blockIdx.x];
-  const Row bias = p.bias ? load_floats(p.bias + channel) : zero_row();
-  Row taps[W], window[W], d_pre[W], d_taps[W], d_bias = zero_row(), next_x[GROUP], next_d[GROUP];
-#pragma unroll
-  for (int k = 0; k < W; ++k) {
-    taps[k] = load_floats(p.weight + k * p.num_channels + channel);
-    d_taps[k] = d_pre[k] = window[k] = zero_row();
-  }
-#pragma unroll
-  for (int k = 0; k + 1 < W; ++k) window[k + 1] = before(p, run, W - 1 - k, channel);
-  const int own = run.begin + run.length, last = own + W - 1, end = min(last, run.end);
-  load_group(next_x, p.x, p.x_stride, run.begin, end, channel);
-  load_gradients(next_d, p, run.begin, end, channel);
-  for (int t = run.begin; t < last; t += GROUP) {
-    Row x[GROUP], d_y[GROUP];
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) x[j] = next_x[j], d_y[j] = next_d[j];
-    load_group(next_x, p.x, p.x_stride, t + GROUP, end, channel);
-    load_gradients(next_d, p, t + GROUP, end, channel);
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) {
-      if (t + j >= last) break;
-      shift(window);
-      shift(d_pre);
-      window[W - 1] = x[j];
-      Row d = d_y[j];  // zero past the segment's end
-      if (p.silu) {
-        const Row pre = convolve(taps, bias, window);
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          const float gate = sigmoid(pre.v[i]);
-          d.v[i] *= gate * (1.f + pre.v[i] * (1.f - gate));
-        }
-      }
-      d_pre[W - 1] = d;
-      if (t + j < own) {
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          d_bias.v[i] += d.v[i];
-#pragma unroll
-          for (int k = 0; k < W; ++k) d_taps[k].v[i] += d.v[i] * window[k].v[i];
-        }
-      }
-      // Input t - (W - 1): d_pre[k] is the gradient of the output k tokens after it, which saw it through tap W - 1 - k.
-      Row d_x = zero_row();
+    shift(at.d_pre, d);
+    if (INSIDE || t + j < run.length) {
 #pragma unroll
       for (int k = 0; k < W; ++k)
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) d_x.v[i] += d_pre[k].v[i] * taps[W - 1 - k].v[i];
-      const int token = t + j - (W - 1);
-      if (token >= run.begin)
-        store_row(p.d_x + token * p.d_x_stride + channel, d_x);
-      else if (run.offset == 0)
-        store_floats(p.d_windows + (run.segment * (W - 1) + t + j - run.begin) * p.num_channels + channel, d_x);
+        EACH(i) at.d_taps.tap[k].v[i] += d.v[i] * at.window[k].v[i];
+      EACH(i) at.d_taps.bias.v[i] += d.v[i];
     }
-  }
-  float* share = p.d_weights + blockIdx.x * (W + 1) * p.num_channels + channel;
+    // d_pre[k] is the gradient of the output k tokens after the input, which saw it through tap W - 1 - k.
+    Row d_x = Row{};
 #pragma unroll
-  for (int k = 0; k < W; ++k) store_floats(share + k * p.num_channels, d_taps[k]);
-  store_floats(share + W * p.num_channels, d_bias);
+    for (int k = 0; k < W; ++k)
+      EACH(i) d_x.v[i] += at.d_pre[k].v[i] * at.taps.tap[W - 1 - k].v[i];
+    const int token = t + j - (W - 1);
+    if (INSIDE || (token >= 0 && token < run.length))
+      *(Pack*)(at.to + j * STRIDE(p, d_x)) = stored(d_x);
+    else if (token < 0 && run.offset == 0)
+      store_floats(p.d_windows + (i64)(run.segment * (W - 1) + t + j) * WIDTH(p) + channel, d_x);
+  }
+}
+
+// Walks the run and W - 1 tokens on.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(const Params p) {
+  const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
+  if (channel >= WIDTH(p)) return;
+  const Run run = p.runs[blockIdx.x];
+  const int last = run.length + W - 1, end = min(last, run.end - run.begin);
+  Backward at;
+  at.from_x = FROM(x), at.from_d = FROM(d_y), at.from_again = p.d_y_again ? FROM(d_y_again) : 0;
+  at.to = p.d_x + (i64)(run.begin - (W - 1)) * STRIDE(p, d_x) + channel;
+  at.x = load_group(at.from_x, STRIDE(p, x), end), at.d_y = load_group(at.from_d, STRIDE(p, d_y), end);
+  at.d_y_again = load_group(at.from_again, STRIDE(p, d_y_again), at.from_again ? end : 0);
+  at.taps = load_taps(p, channel), at.d_taps = Taps{};
+#pragma unroll
+  for (int k = 0; k < W; ++k) at.d_pre[k] = Row{};
+  load_window(at.window, p, run, channel);
+  for (int t = 0; t < last; t += GROUP) {
+    if (t >= W - 1 && t + GROUP <= run.length && t + 2 * GROUP <= end)
+      backward_group<true>(p, at, run, t, end, channel);
+    else
+      backward_group<false>(p, at, run, t, end, channel);
+    at.from_x += GROUP * STRIDE(p, x), at.from_d += GROUP * STRIDE(p, d_y), at.to += GROUP * STRIDE(p, d_x);
+    if (at.from_again) at.from_again += GROUP * STRIDE(p, d_y_again);
+  }
+  float* share = p.d_weights + (i64)blockIdx.x * (W + 1) * WIDTH(p) + channel;
+#pragma unroll
+  for (int k = 0; k < W; ++k) store_floats(share + k * WIDTH(p), at.d_taps.tap[k]);
+  store_floats(share + W * WIDTH(p), at.d_taps.bias);
+}
+
+// The gradients of weight and bias from the shares of all runs. Tap blockIdx.y, or the bias, of 32 channels a block.
+extern "C" __global__ void __launch_bounds__(32 * SUMMERS) sum_taps(const Params p) {
+  const int channel = blockIdx.x * 32 + threadIdx.x % 32, tap = blockIdx.y;
+  const bool exists = channel < WIDTH(p);
+  const float sum = sum_rows(p.d_weights + tap * WIDTH(p) + channel, p.num_runs, (W + 1) * WIDTH(p), exists);
+  if (threadIdx.x >= 32 || !exists) return;
+  if (tap < W)
+    p.d_weight[channel * W + tap] = Scalar<W_IO>::narrow(sum);
+  else if (p.d_bias)
+    p.d_bias[channel] = Scalar<W_IO>::narrow(sum);
 }

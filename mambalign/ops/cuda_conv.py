@@ -8,6 +8,7 @@ shape, which is then added to the rows it belongs to: several children of one pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ SOURCE = Path(__file__).with_name("causal_conv1d.cu")
 RUN = 64  # tokens; the W - 1 around each are read twice, and each leaves its share of the taps' gradients
 THREADS, VECTOR = 128, 4
 WIDEST = 8
+STATIC = True  # compile for the row lengths at hand: addresses then cost no instructions
 
 
 @dataclass
@@ -108,12 +110,14 @@ class CausalConv1d(torch.autograd.Function):
         joint: JointGradient | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         chart = plan(segments, weight.shape[1] - 1, x.device)
-        ctx.prepared = _prepared(weight, bias, activation, chart)
         initial = _initial(initial_state)
+        ctx.prepared = _prepared(weight, bias, chart)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _launch("conv_forward", ctx.prepared | _rows("x", x) | {"initial": initial, "y": y}, x, weight)
+        values = ctx.prepared | _rows("x", x) | {"initial": initial, "y": y}
+        kernels = _module(x, activation, values, x.shape[1] if joint is None else 2 * x.shape[1])
+        _launch(kernels, "conv_forward", values)
         ctx.save_for_backward(x, weight, bias, initial_state)
-        ctx.segments, ctx.chart, ctx.joint = segments, chart, joint
+        ctx.segments, ctx.chart, ctx.joint, ctx.activation = segments, chart, joint, activation
         ctx.set_materialize_grads(False)
         # Over the same memory: what its users send back arrives apart, for the kernel to add.
         again = y.detach()
@@ -127,24 +131,27 @@ class CausalConv1d(torch.autograd.Function):
         x, weight, bias, initial_state = ctx.saved_tensors
         (T, D), W, S = x.shape, weight.shape[1], ctx.segments.num_segments
         chart: Plan = ctx.chart
-        values = ctx.prepared | _rows("x", x) | {"initial": _initial(initial_state)}
         d_x = torch.empty(T, D, dtype=x.dtype, device=x.device) if ctx.joint is None else ctx.joint.left(x)
-        d_weights = torch.empty(chart.runs.shape[0], W + 1, D, dtype=torch.float32, device=x.device)
         d_windows = torch.empty(S * (W - 1), D, dtype=torch.float32, device=x.device)
         d_y, d_again = (d_again, None) if d_y is None else (d_y, d_again)
-        outputs = _rows("d_y", torch.zeros_like(x) if d_y is None else d_y.to(x.dtype))
-        outputs |= {} if d_again is None else _rows("d_y_again", d_again.to(x.dtype))
-        outputs |= {"d_x": d_x, "d_x_stride": d_x.stride(0), "d_weights": d_weights, "d_windows": d_windows}
-        _launch("conv_backward", values | outputs, x, weight)
+        values = ctx.prepared | _rows("x", x) | _rows("d_x", d_x)
+        values |= _rows("d_y", torch.zeros_like(x) if d_y is None else d_y.to(x.dtype))
+        values |= {} if d_again is None else _rows("d_y_again", d_again.to(x.dtype))
+        values |= {"initial": _initial(initial_state), "d_windows": d_windows}
+        values["d_weights"] = torch.empty(chart.runs.shape[0], W + 1, D, dtype=torch.float32, device=x.device)
+        kernels = _module(x, ctx.activation, values, d_x.stride(0))
+        _launch(kernels, "conv_backward", values)
+        d_weight = values["d_weight"] = torch.empty_like(values["weight"])
+        d_bias = values["d_bias"] = None if bias is None else torch.empty_like(values["bias"])
+        kernels.launch("sum_taps", (-(-D // 32), W + 1), nvrtc.SUMMERS, values)
         d_initial = torch.zeros_like(d_windows) if initial_state is not None else None
         _hand_back(chart.crossing, d_windows, d_x, d_initial)
         if d_final is not None:
             _hand_back(chart.leaving, d_final.float().transpose(1, 2).flatten(0, 1), d_x, d_initial)
-        shares = d_weights.sum(0)
         return (
             d_x,
-            shares[:W].T.to(weight.dtype),
-            None if bias is None else shares[W].to(bias.dtype),
+            d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
             None,
             None,
             None if d_initial is None else d_initial.view(S, W - 1, D).transpose(1, 2).to(initial_state.dtype),
@@ -163,31 +170,70 @@ def _initial(initial_state: Tensor | None) -> Tensor | None:
     return None if initial_state is None else initial_state.float().transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _prepared(weight: Tensor, bias: Tensor | None, activation: str | None, chart: Plan) -> dict[str, Any]:
-    """What both directions are given alike."""
+def _prepared(weight: Tensor, bias: Tensor | None, chart: Plan) -> dict[str, Any]:
+    """What both directions are given alike; weight and bias in one type."""
+    if bias is not None and bias.dtype != weight.dtype:
+        weight, bias = weight.float(), bias.float()
     return {
-        "weight": weight.float().T.contiguous(),
-        "bias": None if bias is None else bias.float().contiguous(),
+        "weight": weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
         "runs": chart.runs,
         "windows": chart.windows,
         "num_channels": weight.shape[0],
-        "silu": activation == "silu",
+        "num_runs": chart.runs.shape[0],
     }
 
 
-def _launch(kernel: str, values: dict[str, Any], x: Tensor, weight: Tensor) -> None:
-    vector = _vector(x, values)
-    macros = (("IO", IO[x.dtype]), ("W", weight.shape[1]), ("VEC", vector))
-    blocks = -(-x.shape[1] // (THREADS * vector))
-    module(macros, x.device).launch(kernel, (values["runs"].shape[0], blocks), THREADS, values)
+def _module(x: Tensor, activation: str | None, values: dict[str, Any], d_x_stride: int) -> Any:
+    """The kernels for these tensors; where gradients are to come in their usual layout, for both directions."""
+    weight, width = values["weight"], x.shape[1]
+    strides = (
+        values["x_stride"],
+        values.get("d_y_stride", width),
+        values.get("d_y_again_stride", width),
+        values.get("d_x_stride", d_x_stride),
+    )
+    vector = _vector(width, strides, x, values)
+    return _compiled(
+        x.dtype, weight.dtype, weight.shape[1], vector, activation, (width, *strides) if STATIC else (), x.device
+    )
 
 
-def _vector(x: Tensor, values: dict[str, Any]) -> int:
+@cache
+def _compiled(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    width: int,
+    vector: int,
+    activation: str | None,
+    static: tuple[int, ...],
+    device: torch.device,
+) -> Any:
+    macros = {"IO": IO[dtype], "W_IO": IO[weight_dtype], "W": width, "VEC": vector}
+    # Blocks to a multiprocessor, by registers: 128 a thread for the usual four taps of 16 bits.
+    blocks = 1 if width > 4 else 4 if dtype.itemsize == 2 else 3
+    macros |= {"SILU": int(activation == "silu"), "THREADS": THREADS, "BLOCKS": blocks}
+    if static:
+        names = ("WIDTH", "x", "d_y", "d_y_again", "d_x")
+        macros |= {"STATIC": 1} | {f"STATIC_{name}": n for name, n in zip(names, static, strict=True)}
+    return module(tuple(macros.items()), device)
+
+
+def _launch(kernels: Any, kernel: str, values: dict[str, Any]) -> None:
+    blocks = -(-values["num_channels"] // (THREADS * kernels.macros["VEC"]))
+    kernels.launch(kernel, (values["num_runs"], blocks), THREADS, values)
+
+
+def _vector(width: int, strides: tuple[int, ...], x: Tensor, values: dict[str, Any]) -> int:
     """Channels a thread reads at once: VECTOR where every row starts at a multiple of as many, else 1."""
-    elements = [x.shape[1], *(value for name, value in values.items() if name.endswith("_stride"))]
-    addresses = [values[name].data_ptr() for name in ("x", "d_y", "d_y_again", "d_x") if name in values]
-    aligned = all(n % VECTOR == 0 for n in elements) and all(a % (VECTOR * x.itemsize) == 0 for a in addresses)
-    return VECTOR if aligned else 1
+    for n in (width, *strides):
+        if n % VECTOR:
+            return 1
+    for name in ("x", "d_y", "d_y_again", "d_x", "weight"):
+        tensor = values.get(name)
+        if tensor is not None and tensor.data_ptr() % (VECTOR * tensor.itemsize):
+            return 1
+    return VECTOR
 
 
 def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:

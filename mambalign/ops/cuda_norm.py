@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class AddRMSNorm(torch.autograd.Function):
         total = x if residual is None and x.dtype == sum_dtype else x.new_empty(x.shape, dtype=sum_dtype)
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        launcher = _Launcher(x, weight, dtype, sum_dtype)
+        launcher = _launcher(x.shape[-1], dtype, x.dtype, sum_dtype, weight.dtype, x.device)
+        rows = scales.numel()
         values = {
             "x": given,
             "residual": None if residual is None else residual.to(sum_dtype).contiguous(),
@@ -55,7 +57,7 @@ class AddRMSNorm(torch.autograd.Function):
             "weight": weight.contiguous(),
             "eps": eps,
         }
-        launcher("norm_forward", launcher.blocks(FORWARD_THREADS), values)
+        launcher("norm_forward", rows, launcher.blocks(rows, FORWARD_THREADS), values)
         ctx.launcher = launcher
         ctx.save_for_backward(given if total is x else total, weight, scales)
         return y, total
@@ -72,7 +74,8 @@ class AddRMSNorm(torch.autograd.Function):
         if ctx.residual_dtype is not None:
             d_residual = d_x if total.dtype == ctx.x_dtype else torch.empty_like(total)
         launcher: _Launcher = ctx.launcher
-        blocks, width = launcher.blocks(BACKWARD_THREADS), total.shape[-1]
+        rows, width = scales.numel(), total.shape[-1]
+        blocks = launcher.blocks(rows, BACKWARD_THREADS)
         d_weight = torch.empty(width, dtype=weight.dtype, device=weight.device)
         values = {
             "saved": total,
@@ -86,7 +89,7 @@ class AddRMSNorm(torch.autograd.Function):
             "d_weight": d_weight,
             "num_shares": blocks,
         }
-        launcher("norm_backward", blocks, values)
+        launcher("norm_backward", rows, blocks, values)
         launcher.sum_weight(values)
         d_residual = None if d_residual is None else d_residual.to(ctx.residual_dtype)
         return d_x, d_residual, d_weight, None, None, None
@@ -97,29 +100,40 @@ def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:
 
 
 class _Launcher:
-    """The kernels of one call, for both directions."""
+    """The kernels for rows of one length and one mix of types."""
 
-    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, sum_dtype: torch.dtype):
-        self.width, self.device = x.shape[-1], x.device
-        self.rows = x.numel() // max(self.width, 1)
-        self.threads = min(1024, max(32, -(-self.width // 256) * 32))
-        types = (("IO", IO[dtype]), ("X_IO", IO[x.dtype]), ("SUM_IO", IO[sum_dtype]), ("W_IO", IO[weight.dtype]))
-        shape = (("WIDTH", self.width), ("THREADS", self.threads))
-        held = (("FORWARD_BLOCKS", self._held(FORWARD_THREADS)), ("BLOCKS", self._held(BACKWARD_THREADS)))
-        self._module = module((*types, *shape, *held), x.device)
+    def __init__(self, width: int, device: torch.device, **types: torch.dtype):
+        self.width, self.device = width, device
+        self.threads = min(1024, max(32, -(-width // 256) * 32))
+        macros = {name: IO[dtype] for name, dtype in types.items()} | {"WIDTH": width, "THREADS": self.threads}
+        macros |= {"FORWARD_BLOCKS": self._held(FORWARD_THREADS), "BLOCKS": self._held(BACKWARD_THREADS)}
+        self._module = module(tuple(macros.items()), device)
 
     def _held(self, threads: int) -> int:
         """Blocks to a multiprocessor, 32 at most."""
         return min(32, max(1, threads // self.threads))
 
-    def blocks(self, threads: int) -> int:
-        return min(self.rows, self._held(threads) * nvrtc.multiprocessors(self.device))
+    def blocks(self, rows: int, threads: int) -> int:
+        return min(rows, self._held(threads) * nvrtc.multiprocessors(self.device))
 
-    def __call__(self, kernel: str, blocks: int, values: dict[str, Any]) -> None:
-        self._module.launch(kernel, (blocks, 1), self.threads, {"num_rows": self.rows} | values)
+    def __call__(self, kernel: str, rows: int, blocks: int, values: dict[str, Any]) -> None:
+        self._module.launch(kernel, (blocks, 1), self.threads, {"num_rows": rows} | values)
 
     def sum_weight(self, values: dict[str, Any]) -> None:
         self._module.launch("sum_weight", (-(-self.width // 32), 1), nvrtc.SUMMERS, values)
+
+
+@cache
+def _launcher(
+    width: int,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    sum_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device: torch.device,
+) -> _Launcher:
+    """Made once: a small model's step is launches, and what the host does between them."""
+    return _Launcher(width, device, IO=dtype, X_IO=x_dtype, SUM_IO=sum_dtype, W_IO=weight_dtype)
 
 
 def add_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:

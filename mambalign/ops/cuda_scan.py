@@ -35,6 +35,7 @@ from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments
 
 SOURCE = Path(__file__).with_name("selective_scan.cu")
+PARAMETERS = Path(__file__).with_name("scan_parameters.cu")
 # As in the source: states of a channel, channels of a warp, tokens between stored states.
 STATES, LANES, TILE = 16, 16, 32
 WARPS = 2  # of a block: they share B and C, and add up dB and dC
@@ -44,7 +45,6 @@ ENOUGH = 4  # blocks for each multiprocessor: cutting segments for more costs mo
 SHORTEST_PIECE = 256  # tokens: cutting costs a second walk over what is cut
 LONGEST_PIECE = 1 << 15  # tokens: the kernels' offsets within a unit are 32 bits wide
 STATIC = True  # compile for the row lengths at hand: addresses then cost no instructions (a sixth of all)
-LOG2_E = 1.4426950408889634
 
 
 @dataclass
@@ -175,6 +175,7 @@ class _Problem:
         delta_bias: Tensor | None,
         segments: Segments,
         joint: JointGradient | None,
+        log_A: bool,
     ):
         u = tokens["u"]
         (self.T, self.D), self.N = u.shape, A.shape[1]
@@ -183,15 +184,16 @@ class _Problem:
         self.device, self.segments, self.joint = u.device, segments, joint
         # One element type for all: where they differ, the widest keeps every bit.
         self.dtype = u.dtype if all(t.dtype == u.dtype for t in tokens.values()) else torch.float32
-        rates = self._states(1)
-        torch.mul(A.float().T, LOG2_E, out=rates[0, : self.N, : self.D])
+        self._parameters = nvrtc.module(PARAMETERS, (("IO", 0),), self.device)
+        sizes = {"num_channels": self.D, "padded_channels": self.Dp, "num_states": self.N}
+        self._given = sizes | {"A": A.float().contiguous(), "is_log": log_A}
+        rates = self.states(1)
+        self._parameters.launch("scan_rates", (-(-STATES * self.Dp // 128), 1), 128, self._given | {"rates": rates})
         self._shared = {
             "A": rates,
             "D": self._vector(D),
             "bias": self._vector(delta_bias),
-            "num_channels": self.D,
-            "padded_channels": self.Dp,
-            "num_states": self.N,
+            **sizes,
             "num_tokens": self.T,
             "num_blocks": self.blocks,
         }
@@ -283,6 +285,15 @@ class _Problem:
         if values["num_joined"]:
             self._module.launch(kernel, (-(-STATES * self.Dp // 128), 1), 128, values)
 
+    def sum_vectors(self, d_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """fp32 dA `[D, N]`, dD and the bias' gradient `[D]` from the shares of all items."""
+        sizes = ((self.D, self.N), (self.D,), (self.D,))
+        d_A, d_D, d_bias = (torch.empty(size, dtype=torch.float32, device=self.device) for size in sizes)
+        values = self._given | {"d_vectors": d_vectors, "num_items": d_vectors.shape[0]}
+        values |= {"d_A": d_A, "d_D": d_D, "d_bias": d_bias}
+        self._parameters.launch("sum_vectors", (-(-self.D // 32), STATES + 2), nvrtc.SUMMERS, values)
+        return d_A, d_D, d_bias
+
     def sum_BC(self, values: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """dB and dC `[T, N]` from the shares of all blocks."""
         d_B, d_C = torch.empty(2, self.T, STATES, dtype=self.dtype, device=self.device).unbind(0)
@@ -309,9 +320,10 @@ class SelectiveScan(torch.autograd.Function):
         initial_state: Tensor | None,
         output_final_state: bool,
         joint: JointGradient | None = None,
+        log_A: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         tokens = _tokens(u, delta, B, C, z)
-        problem = _Problem(tokens, A, D, delta_bias, segments, joint)
+        problem = _Problem(tokens, A, D, delta_bias, segments, joint, log_A)
         laid = problem.laid(tokens)
         problem.compile(laid, delta_softplus)
         plan = problem.plan(FORWARD_BLOCKS)
@@ -348,19 +360,20 @@ class SelectiveScan(torch.autograd.Function):
         values |= grads | {"d_BC": d_BC, "d_vectors": d_vectors, "d_initial": d_initial}
         problem.walk("scan_backward", plan.all, values)
         d_B, d_C = problem.sum_BC(values)
-        shares = d_vectors.sum(0)
+        d_A, d_D, d_bias = problem.sum_vectors(d_vectors)
         return (
             grads["d_u"].to(u.dtype),
             grads["d_delta"].to(delta.dtype),
-            problem.unpadded(shares[None, :STATES])[0].to(A.dtype),
+            d_A.to(A.dtype),
             d_B.to(B.dtype),
             d_C.to(C.dtype),
-            None if D is None else shares[STATES, : problem.D].to(D.dtype),
+            None if D is None else d_D.to(D.dtype),
             None if z is None else grads["d_z"].to(z.dtype),
-            None if delta_bias is None else shares[STATES + 1, : problem.D].to(delta_bias.dtype),
+            None if delta_bias is None else d_bias.to(delta_bias.dtype),
             None,
             None,
             None if d_initial is None else problem.unpadded(d_initial).to(initial_state.dtype),
+            None,
             None,
             None,
         )
@@ -377,6 +390,6 @@ def _tokens(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) ->
 
 
 def selective_scan(*args: Any) -> tuple[Tensor, Tensor | None]:
-    """CUDA backend; arguments as `mambalign.ops.reference.selective_scan`, then `joint`."""
+    """CUDA backend; arguments as `mambalign.ops.reference.selective_scan`, then `joint`, `log_A`."""
     y, final_state = SelectiveScan.apply(*args)
     return y, final_state

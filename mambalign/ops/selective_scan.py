@@ -40,6 +40,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     joint: JointGradient | None = None,
+    log_A: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]`, `y[t] = C[t] h[t] + D u[t]`, times `silu(z[t])` if given.
@@ -56,6 +57,7 @@ def selective_scan(
         initial_state: `[S, D, N]`; rows of roots are where they start, rows of children are ignored (zero gradient).
         output_final_state: also return the state after the last token of every segment.
         joint: what `halves` gave with z: where z's gradient may be written beside that of the other half.
+        log_A: A is given as `log(-A)`, as models keep it; its gradient is that of the logarithm.
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
 
     Returns:
@@ -73,8 +75,10 @@ def selective_scan(
     segments = whole(u.shape[0]) if segments is None else segments
     _check(u, delta, A, B, C, D, z, delta_bias, segments, initial_state)
     name = select_backend(backend, u.device, A, u, delta, B, C, D, z, delta_bias, initial_state)[0]
+    if log_A and name != "cuda":
+        A = -torch.exp(A)
     inputs = u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, initial_state, output_final_state
-    y, final_state = BACKENDS[name](*inputs, joint) if name == "cuda" else BACKENDS[name](*inputs)
+    y, final_state = BACKENDS[name](*inputs, *((joint, log_A) if name == "cuda" else ()))
     if not output_final_state:
         return y
     assert final_state is not None

@@ -40,3 +40,16 @@ def test_forked_gradients(config: type, precision: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
     assert max(errors) < (1e-4 if precision == "fp32" else 0.1), max(errors)
+
+
+@pytest.mark.parametrize("config", [transformers.MambaConfig, transformers.FalconMambaConfig])
+def test_recomputation_changes_no_bit(config: type) -> None:
+    """The convolution that is computed again has the same two users, and the halves one gradient."""
+    torch.manual_seed(0)
+    settings = config(vocab_size=96, hidden_size=64, num_hidden_layers=3, state_size=16)
+    segments = Segments.from_lengths([70, 33, 5, 100], [-1, 0, 0, -1])
+    ids = torch.randint(96, (1, segments.num_tokens), device="cuda")
+    model = model_class(settings)(settings).to("cuda", torch.bfloat16).train()
+    plain = gradients(model, ids, segments)
+    model.set_selective_recomputation()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(model, ids, segments), strict=True))

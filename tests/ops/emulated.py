@@ -125,7 +125,7 @@ class EmulatedModule:
 
     def __init__(self, source: Path, macros: tuple[tuple[str, int], ...], folder: Path):
         assert COMPILER is not None
-        self.source = source
+        self.source, self.macros = source, dict(macros)
         text, library = folder / f"{source.stem}.cpp", folder / f"{source.stem}.so"
         folder.mkdir(parents=True, exist_ok=True)
         text.write_text(f'{PRELUDE}\n#include "{nvrtc.PREAMBLE}"\n#include "{source}"\n{LAUNCHER}')

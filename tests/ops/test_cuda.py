@@ -13,6 +13,7 @@ from mambalign.ops import (
     Segments,
     add_rms_norm,
     causal_conv1d,
+    cuda_conv,
     cuda_logps,
     cuda_norm,
     cuda_scan,
@@ -52,7 +53,13 @@ def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
     monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
+    monkeypatch.setattr(cuda_conv, "STATIC", False)
+    chosen = (cuda_conv._compiled, cuda_norm._launcher)  # they hold on to modules
+    for cached in chosen:
+        cached.cache_clear()
     yield
+    for cached in chosen:
+        cached.cache_clear()
 
 
 @pytest.fixture(params=["whole segments", "pieces"])
@@ -77,6 +84,15 @@ def test_scan(tree: str, dtype: torch.dtype, pieces: None) -> None:
     for D, N in ((5, 3), (40, 16)):
         inputs = scan_inputs(segments.num_tokens, segments.num_segments, dtype, D=D, N=N)
         compare(selective_scan, inputs, dtype, segments=segments, delta_softplus=True)
+
+
+@pytest.mark.parametrize("N", [3, 16])
+def test_scan_of_a_logarithm(N: int) -> None:
+    """A as models keep it: the same results, and the logarithm's gradient."""
+    segments = Segments.from_lengths([9, 4, 6], [-1, 0, 0])
+    inputs = scan_inputs(19, 3, torch.float32, D=40, N=N)
+    inputs["A"] = inputs["A"].detach().neg().log().requires_grad_()
+    compare(selective_scan, inputs, torch.float32, segments=segments, log_A=True)
 
 
 def test_scan_compiled_for_its_row_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +193,7 @@ def test_both_halves_gradients_are_written_into_one_tensor(
     dtype: torch.dtype, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_scan, "STATIC", static)
+    monkeypatch.setattr(cuda_conv, "STATIC", static)
     xz, weights, segments = block_inputs(dtype)
     wanted = torch.randn(39, 8).to(dtype)
     theirs = torch.autograd.grad(block(xz, weights, False, segments), xz, wanted)[0]
@@ -332,6 +349,8 @@ def test_what_a_backend_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_structs_of_host_and_kernels_agree() -> None:
     for source, constants in (
+        (cuda_scan.PARAMETERS, {"STATES": cuda_scan.STATES}),
+        (nvrtc.PREAMBLE, {"SUMMERS": nvrtc.SUMMERS // 32}),
         (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
         (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES}),
     ):

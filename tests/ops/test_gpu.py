@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from mambalign.ops import Segments, causal_conv1d, fla_ssd, gated_rms_norm, rms_norm, selective_scan, ssd, token_logps
+from mambalign.ops import (
+    Segments,
+    causal_conv1d,
+    fla_ssd,
+    gated_rms_norm,
+    halves,
+    rms_norm,
+    selective_scan,
+    ssd,
+    token_logps,
+)
 from tests.ops.test_ops import (
     NORM_CASES,
     TOLERANCE,
@@ -59,6 +69,33 @@ def test_scan_and_conv(tree: str, dtype: torch.dtype, backend: str) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [40, 37, 1536])
+def test_the_middle_of_a_block(D: int, dtype: torch.dtype) -> None:
+    """Two halves with one gradient, a convolution used twice, A's logarithm: as float64, and the same bits twice."""
+    segments = Segments.from_lengths([70, 33, 5, 100], [-1, 0, 0, -1])
+    inputs = scan_inputs(208, 4, dtype, D=D, N=16) | conv_inputs(208, 4, dtype, D=D)
+    wanted = ("weight", "bias", "A", "D", "delta_bias")
+    inputs = {"xz": torch.randn(208, 2 * D).to(dtype), "d_y": torch.randn(208, D).to(dtype)} | {
+        name: inputs[name] for name in wanted
+    }
+    inputs["A"] = inputs["A"].detach().neg().log()
+    results = []
+    for given, backend in ((exact(inputs), "torch"), (inputs, "cuda"), (inputs, "cuda")):
+        moved = on_gpu(given)
+        x, z, joint = halves(moved["xz"])
+        options: dict[str, Any] = {"segments": segments, "backend": backend, "joint": joint}
+        u, again = causal_conv1d(x, moved["weight"], moved["bias"], "silu", twice=True, **options)
+        B, C = again[:, :16] * 2, again[:, 16:32] - 1
+        parameters = moved["A"], B, C, moved["D"], z, moved["delta_bias"]
+        y = selective_scan(u, u * 0.5, *parameters, delta_softplus=True, log_A=True, **options)
+        gradients = torch.autograd.grad(y, [moved[name] for name in ("xz", *wanted)], moved["d_y"])
+        results.append([t.double().cpu() for t in (y, *gradients)])
+    for theirs, ours, same in zip(*results, strict=True):
+        assert torch.equal(ours, same)
+        assert relative_error(ours, theirs) < 2 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("shift", [-9.0, -3.0, 3.0], ids=["long memory", "usual memory", "short memory"])
 def test_scan_cut_into_pieces(shift: float) -> None:
     """Long enough to be cut for parallelism, with decays from almost none to almost all; against float64 on the GPU."""
@@ -84,9 +121,10 @@ def test_token_logps(vocabulary: int, dtype: torch.dtype) -> None:
     assert all(relative_error(a.cpu(), b) < 10 * TOLERANCE[dtype] for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("width", [63, 768, 4096])
-def test_norm(width: int) -> None:
-    x, weight = torch.randn(130, width, requires_grad=True), torch.randn(width, requires_grad=True)
+@pytest.mark.parametrize("rows", [1, 130, 5000])  # the last: several rows a block, the next on its way
+@pytest.mark.parametrize("width", [63, 768, 2560, 4096, 8192])
+def test_norm(width: int, rows: int) -> None:
+    x, weight = torch.randn(rows, width, requires_grad=True), torch.randn(width, requires_grad=True)
     moved = [t.detach().cuda().requires_grad_() for t in (x, weight)]
     ours = torch.autograd.grad(rms_norm(*moved, backend="cuda").pow(3).sum(), moved)
     double = [t.detach().double().requires_grad_() for t in (x, weight)]
