@@ -40,7 +40,11 @@ def test_make_verbs_in_the_documents_exist() -> None:
 def test_mambalign_commands_in_the_documents_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verbs exist, recipes and pipelines are there and load with the options that are shown."""
     monkeypatch.chdir(ROOT)  # a pipeline's recipes are relative to the working directory
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands} | {"recipes", "eval"}
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands} | {
+        "recipes",
+        "eval",
+        "bench",
+    }
     for document in DOCUMENTS:
         for block in re.findall(r"```(?:bash)?\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
             for line in re.findall(r"^mambalign .*$", block, flags=re.M):
