@@ -7,7 +7,8 @@ The usual way: policy and reference model, both mamba-ssm's; chosen and rejected
 concatenated; logits of all positions, log-softmax, gather; as many pairs at a time as the table says. From there to
 ours, one step at a time: our kernels; log-probs without logits, of trained tokens alone; reference log-probs computed
 before; completions end to end without padding; each prompt once, with two completions that fork from it. On
-conversations of several turns the last step alone, four times as many pairs a batch, since they are short.
+conversations of several turns the step to shared prompts alone, with batches large enough that the GPU is what is
+measured. Last, ours again with blocks recomputed in part and in whole, for what it saves in memory.
 
 The pairs are those of batches spread evenly over all batches by padded size. Policy and reference have different
 random weights. Correctness first: log-probs of every completion, and the losses, of all ways against the usual one.
@@ -41,16 +42,18 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Case:
-    """`batches` of 16 pairs; at most `padded_pairs` of them, or `packed_tokens`, at a time."""
+    """`batches` of 16 pairs; at most `padded_pairs` of them, or `packed_tokens`, at a time; `multi_turn` pairs of the
+    others in a batch."""
 
     size: str
     batches: int
     padded_pairs: int = PAIRS
     packed_tokens: int = 65536
+    multi_turn: int = 256
 
 
-CASES = [Case("130m", 8), Case("2.8b", 2, padded_pairs=4, packed_tokens=8192)]
-TINY = [Case("tiny", 2, padded_pairs=4, packed_tokens=8192)]
+CASES = [Case("130m", 8), Case("2.8b", 2, padded_pairs=4, packed_tokens=8192, multi_turn=64)]
+TINY = [Case("tiny", 2, padded_pairs=4, packed_tokens=8192, multi_turn=32)]
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ class Way:
     parts: Sequence[Any]
     logps: Logps
     reference: Any
+    recompute: bool | str = False
 
     @property
     def gib(self) -> float:
@@ -186,7 +190,8 @@ class Way:
 
     def pass_over(self) -> Callable[[], Tensor]:
         """Forward and backward pass of every part."""
-        return models.step(self.policy, "bf16", *[lambda part=part: self._loss(part) for part in self.parts])
+        run = models.step(self.policy, "bf16", *[lambda part=part: self._loss(part) for part in self.parts])
+        return run if not self.recompute else models.recomputing(self.policy, self.recompute, run)
 
     def _loss(self, part: Any) -> Tensor:
         if isinstance(self.reference, Tensor):
@@ -250,12 +255,14 @@ def ladder(case: Case, batches: Sequence[Sequence[Example]], count: int) -> list
         Way("c: + cached reference", policy, pads, by_targets, cache),
         Way("d: + packing", policy, single, of_packed, cache),
         Way("e: + prefix sharing", policy, shared, of_packed, cache),
+        Way("e, recomputed in part", policy, shared, of_packed, cache, recompute="selective"),
+        Way("e, blocks recomputed", policy, shared, of_packed, cache, recompute=True),
     ]
 
 
 def multi_turn(case: Case, policy: Any, pairs: Sequence[Example]) -> list[Way]:
-    """Packing without and with shared prompts, four batches' pairs at a time."""
-    groups = [pairs[start : start + 4 * PAIRS] for start in range(0, len(pairs), 4 * PAIRS)]
+    """Packing without and with shared prompts."""
+    groups = [pairs[start : start + case.multi_turn] for start in range(0, len(pairs), case.multi_turn)]
     tokens = max(case.packed_tokens, 16384)
     shared = [part for group in groups for part in forked(group, tokens)]
     cache = torch.zeros(len(pairs), 2, device=DEVICE)  # what the reference says changes nothing about the time
@@ -330,7 +337,7 @@ def run(case: Case, data: list[Example], turns: list[Example], repeats: int) -> 
     policy = ways[-1].policy
     del ways
     free_memory()
-    turns = numbered(turns[: 4 * PAIRS * max(1, case.batches // 2)], vocabulary)
+    turns = numbered(turns[: case.multi_turn], vocabulary)
     forks = multi_turn(case, policy, turns)
     check(forks, min(4 * PAIRS, len(turns)))
     made = measure(forks, case.size, len(turns), repeats, "multi-turn")

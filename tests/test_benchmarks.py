@@ -141,7 +141,7 @@ def test_dpo_real(script: Callable[[str], ModuleType], data: SimpleNamespace, tm
     script("dpo_real").main(arguments)
     rows = rows_of(tmp_path / "dpo_real.json")
     steps = [row["who"][:2] for row in rows if row["data"] == "pairs"]
-    assert steps == ["ma", "a:", "b:", "c:", "d:", "e:", "re"]
+    assert steps == ["ma", "a:", "b:", "c:", "d:", "e:", "e,", "e,", "re"]
     assert [row["who"][:2] for row in rows if row["data"] == "multi-turn"] == ["d:", "e:"]
     with_reference = [row["weights_gib"] for row in rows[:3]]
     assert with_reference == [2 * rows[3]["weights_gib"]] * 3

@@ -102,6 +102,19 @@ def set_recompute(model: Any, recompute: bool | str) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def recomputing(model: Any, how: bool | str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`run` with blocks recomputed, in part where `how` is "selective", and nothing recomputed afterwards."""
+
+    def recomputed() -> Tensor:
+        set_recompute(model, how)
+        try:
+            return run()
+        finally:
+            set_recompute(model, False)
+
+    return recomputed
+
+
 def mamba_ssm(like: Any, weights: str, recompute: bool | str = False) -> Any:
     """mamba-ssm's model with the weights of ours; None, aloud, where it is not installed or has no such model."""
     try:

@@ -24,8 +24,9 @@ from transformers.models.mamba import modeling_mamba as hf_mamba
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
 
 from mambalign.models.recompute import Recomputation
-from mambalign.ops import Segments, add_rms_norm, causal_conv1d, selective_scan, token_logps
+from mambalign.ops import Segments, add_rms_norm, causal_conv1d, halves, selective_scan, token_logps
 from mambalign.ops.backends import take_rows
+from mambalign.ops.halves import JointGradient
 from mambalign.ops.rms_norm import normalised
 
 # The recurrence is an exponential of these; the authors keep them in fp32 whatever the rest is in
@@ -99,18 +100,22 @@ class StatefulMixer:
         segments: Segments,
         recomputation: Recomputation,
         caching: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(activated convolution of `x`, dropped under selective recomputation; the window after it if `caching`)."""
+        joint: JointGradient | None = None,
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """(activated convolution of `x`, a tensor for each of two users; the window after it if `caching`).
+
+        Under selective recomputation it is dropped.
+        """
         silu = self.activation in ("silu", "swish")
         convolve = partial(
             causal_conv1d, activation="silu" if silu else None, segments=segments, initial_state=conv_state,
-            backend=self.backend,
+            joint=joint, twice=True, backend=self.backend,
         )  # fmt: skip
         inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
         convolved: Any = convolve(*inputs, output_final_state=caching)
-        x, window = convolved if caching else (convolved, None)
-        recomputation.drop(x, convolve, *inputs)
-        return (x if silu else self.act(x)), window
+        pair, window = convolved if caching else (convolved, None)
+        recomputation.drop(pair[0], lambda *inputs: convolve(*inputs)[0], *inputs)
+        return (pair if silu else (self.act(pair[0]),) * 2), window
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts like any module, but never below fp32 for `fp32_parameters`."""
@@ -156,10 +161,13 @@ class PackedMixer(StatefulMixer):
         delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
         conv_state, ssm_state = self._read(cache_params)
         caching = cache_params is not None
-        x, z = self.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
-        x, conv_state = self._convolve(x, conv_state, segments, recomputation, caching)
+        x, z, joint = halves(self.in_proj(hidden_states).squeeze(0))
+        (x, again), conv_state = self._convolve(x, conv_state, segments, recomputation, caching, joint)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        low_rank, B, C = self.normalise(*self.x_proj(x).split(sizes, dim=-1))
+        written = again._version if again.requires_grad else 0
+        low_rank, B, C = self.normalise(*self.x_proj(again).split(sizes, dim=-1))
+        if again.requires_grad and again._version != written:
+            x = again  # a hook wrote to it, which only this one knows how to go back through
         delta = self.dt_proj(low_rank)
         recomputation.drop(delta, self.dt_proj, low_rank, module=self.dt_proj)
         scanned: Any = selective_scan(
@@ -175,6 +183,7 @@ class PackedMixer(StatefulMixer):
             segments=segments,
             initial_state=ssm_state,
             output_final_state=caching,
+            joint=joint,
             backend=self.backend,
         )
         y, ssm_state = scanned if caching else (scanned, None)

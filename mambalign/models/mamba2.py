@@ -81,7 +81,7 @@ class Mamba2Mixer(StatefulMixer, hf_mamba2.Mamba2Mixer):
         projected = self.in_proj(hidden_states).squeeze(0)
         z, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         caching = cache_params is not None
-        xBC, conv_state = self._convolve(xBC, conv_state, segments, recomputation, caching)
+        (xBC, _same), conv_state = self._convolve(xBC, conv_state, segments, recomputation, caching)
         shared = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, shared, shared], dim=-1)
         scanned: Any = ssd(

@@ -2,6 +2,7 @@
 
 from mambalign.ops.causal_conv1d import causal_conv1d
 from mambalign.ops.gated_rms_norm import gated_rms_norm
+from mambalign.ops.halves import halves
 from mambalign.ops.rms_norm import add_rms_norm, rms_norm
 from mambalign.ops.segments import Segments
 from mambalign.ops.selective_scan import selective_scan
@@ -13,6 +14,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "gated_rms_norm",
+    "halves",
     "rms_norm",
     "selective_scan",
     "ssd",

@@ -13,13 +13,13 @@ struct Run {
 };
 
 struct Params {
-  const io *x, *d_y;
+  const io *x, *d_y, *d_y_again;  // the last: of the same outputs, from another user of theirs; or null
   const float *weight, *bias;  // [W, D]; [D] or null
-  i64 x_stride, d_y_stride;
+  i64 x_stride, d_y_stride, d_y_again_stride, d_x_stride;
   const Run* runs;
   const int* windows;    // [S, W - 1]: rows of x before each segment on its path, oldest first; -1 - k: row k of `initial`
   const float* initial;  // [S * (W - 1), D] or null for zeros
-  io *y, *d_x;           // contiguous [T, D]
+  io *y, *d_x;           // contiguous [T, D]; [T, D] with a row stride
   float* d_weights;      // [runs, W + 1, D]: the shares of every run in the gradients of the taps and of the bias
   float* d_windows;      // [S * (W - 1), D]: gradient of what lies before each segment
   i64 num_channels, silu;
@@ -127,6 +127,17 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(const Params p) {
   }
 }
 
+__device__ __forceinline__ void load_gradients(Row (&rows)[GROUP], const Params& p, int first, int end, int channel) {
+  load_group(rows, p.d_y, p.d_y_stride, first, end, channel);
+  if (!p.d_y_again) return;
+  Row others[GROUP];
+  load_group(others, p.d_y_again, p.d_y_again_stride, first, end, channel);
+#pragma unroll
+  for (int j = 0; j < GROUP; ++j)
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) rows[j].v[i] += others[j].v[i];
+}
+
 // Walks the run and W - 1 tokens on: the gradient of an input is whole when the last output that saw it has been.
 extern "C" __global__ void __launch_bounds__(128) conv_backward(const Params p) {
   const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
@@ -143,13 +154,13 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const Params p) 
   for (int k = 0; k + 1 < W; ++k) window[k + 1] = before(p, run, W - 1 - k, channel);
   const int own = run.begin + run.length, last = own + W - 1, end = min(last, run.end);
   load_group(next_x, p.x, p.x_stride, run.begin, end, channel);
-  load_group(next_d, p.d_y, p.d_y_stride, run.begin, end, channel);
+  load_gradients(next_d, p, run.begin, end, channel);
   for (int t = run.begin; t < last; t += GROUP) {
     Row x[GROUP], d_y[GROUP];
 #pragma unroll
     for (int j = 0; j < GROUP; ++j) x[j] = next_x[j], d_y[j] = next_d[j];
     load_group(next_x, p.x, p.x_stride, t + GROUP, end, channel);
-    load_group(next_d, p.d_y, p.d_y_stride, t + GROUP, end, channel);
+    load_gradients(next_d, p, t + GROUP, end, channel);
 #pragma unroll
     for (int j = 0; j < GROUP; ++j) {
       if (t + j >= last) break;
@@ -182,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const Params p) 
         for (int i = 0; i < VEC; ++i) d_x.v[i] += d_pre[k].v[i] * taps[W - 1 - k].v[i];
       const int token = t + j - (W - 1);
       if (token >= run.begin)
-        store_row(p.d_x + token * p.num_channels + channel, d_x);
+        store_row(p.d_x + token * p.d_x_stride + channel, d_x);
       else if (run.offset == 0)
         store_floats(p.d_windows + (run.segment * (W - 1) + t + j - run.begin) * p.num_channels + channel, d_x);
     }

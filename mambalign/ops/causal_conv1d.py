@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mambalign.ops import cuda_conv, reference, torch_conv
 from mambalign.ops.backends import select
+from mambalign.ops.halves import JointGradient
 from mambalign.ops.segments import Segments, whole
 
-BACKENDS = {
+BACKENDS: dict[str, Any] = {
     "cuda": cuda_conv.causal_conv1d,
     "torch": torch_conv.causal_conv1d,
     "reference": reference.causal_conv1d,
@@ -33,8 +36,10 @@ def causal_conv1d(
     segments: Segments | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    joint: JointGradient | None = None,
+    twice: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`y[t] = activation(bias + sum_j weight[:, j] x[t - (W - 1) + j])`, each token seeing only its own path.
 
     The convolution of Mamba's block (arXiv 2312.00752, section 3.4). The window crosses forks: the first tokens of a
@@ -48,11 +53,15 @@ def causal_conv1d(
         initial_state: `[S, D, W - 1]` inputs before each root, oldest first; rows of children are ignored (zero
             gradient).
         output_final_state: also return the last W - 1 inputs of every segment's path.
+        joint: what `halves` gave with x: where x's gradient may be written beside that of the other half.
+        twice: return y as a pair of tensors over the same memory, for two users of it: their gradients then arrive
+            apart, and are added where they are read.
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
 
     Returns:
-        y `[T, D]` in x's dtype, and if asked final_state `[S, D, W - 1]` in x's dtype. Accumulation is fp32 (fp64 for
-        fp64 inputs). Gradients flow to every tensor argument, also through `final_state` and across forks.
+        y `[T, D]` (or a pair of it) in x's dtype, and if asked final_state `[S, D, W - 1]` in x's dtype. Accumulation
+        is fp32 (fp64 for fp64 inputs). Gradients flow to every tensor argument, also through `final_state` and across
+        forks.
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit, or an unknown activation.
@@ -62,12 +71,15 @@ def causal_conv1d(
     """
     segments = whole(x.shape[0]) if segments is None else segments
     _check(x, weight, bias, activation, segments, initial_state)
-    run = BACKENDS[select_backend(backend, x.device, weight, x, bias, initial_state)[0]]
-    y, final_state = run(x, weight, bias, activation, segments, initial_state, output_final_state)
-    if not output_final_state:
-        return y
-    assert final_state is not None
-    return y, final_state
+    name = select_backend(backend, x.device, weight, x, bias, initial_state)[0]
+    inputs = x, weight, bias, activation, segments, initial_state, output_final_state
+    if name == "cuda":
+        y, final_state, again = cuda_conv.causal_conv1d(*inputs, joint)
+    else:
+        y, final_state = BACKENDS[name](*inputs)
+        again = y
+    given = (y, again) if twice else y
+    return (given, final_state) if output_final_state else given
 
 
 def _check(

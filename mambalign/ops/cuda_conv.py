@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
 from mambalign.ops.backends import add_rows, send
+from mambalign.ops.halves import JointGradient
 from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments
 
@@ -106,29 +107,36 @@ class CausalConv1d(torch.autograd.Function):
         segments: Segments,
         initial_state: Tensor | None,
         output_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        joint: JointGradient | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         chart = plan(segments, weight.shape[1] - 1, x.device)
         ctx.prepared = _prepared(weight, bias, activation, chart)
         initial = _initial(initial_state)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _launch("conv_forward", ctx.prepared | _rows("x", x) | {"initial": initial, "y": y}, x, weight)
         ctx.save_for_backward(x, weight, bias, initial_state)
-        ctx.segments, ctx.chart = segments, chart
+        ctx.segments, ctx.chart, ctx.joint = segments, chart, joint
         ctx.set_materialize_grads(False)
-        return y, _final_state(x, initial, chart.final_windows) if output_final_state else None
+        # Over the same memory: what its users send back arrives apart, for the kernel to add.
+        again = y.detach()
+        return y, _final_state(x, initial, chart.final_windows) if output_final_state else None, again
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_y: Tensor | None, d_final: Tensor | None, d_again: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state = ctx.saved_tensors
         (T, D), W, S = x.shape, weight.shape[1], ctx.segments.num_segments
         chart: Plan = ctx.chart
         values = ctx.prepared | _rows("x", x) | {"initial": _initial(initial_state)}
-        d_x = torch.empty(T, D, dtype=x.dtype, device=x.device)
+        d_x = torch.empty(T, D, dtype=x.dtype, device=x.device) if ctx.joint is None else ctx.joint.left(x)
         d_weights = torch.empty(chart.runs.shape[0], W + 1, D, dtype=torch.float32, device=x.device)
         d_windows = torch.empty(S * (W - 1), D, dtype=torch.float32, device=x.device)
-        outputs = _rows("d_y", torch.zeros_like(d_x) if d_y is None else d_y.to(x.dtype))
-        outputs |= {"d_x": d_x, "d_weights": d_weights, "d_windows": d_windows}
+        d_y, d_again = (d_again, None) if d_y is None else (d_y, d_again)
+        outputs = _rows("d_y", torch.zeros_like(x) if d_y is None else d_y.to(x.dtype))
+        outputs |= {} if d_again is None else _rows("d_y_again", d_again.to(x.dtype))
+        outputs |= {"d_x": d_x, "d_x_stride": d_x.stride(0), "d_weights": d_weights, "d_windows": d_windows}
         _launch("conv_backward", values | outputs, x, weight)
         d_initial = torch.zeros_like(d_windows) if initial_state is not None else None
         _hand_back(chart.crossing, d_windows, d_x, d_initial)
@@ -142,6 +150,7 @@ class CausalConv1d(torch.autograd.Function):
             None,
             None,
             None if d_initial is None else d_initial.view(S, W - 1, D).transpose(1, 2).to(initial_state.dtype),
+            None,
             None,
         )
 
@@ -178,7 +187,7 @@ def _launch(kernel: str, values: dict[str, Any], x: Tensor, weight: Tensor) -> N
 def _vector(x: Tensor, values: dict[str, Any]) -> int:
     """Channels a thread reads at once: VECTOR where every row starts at a multiple of as many, else 1."""
     elements = [x.shape[1], *(value for name, value in values.items() if name.endswith("_stride"))]
-    addresses = [values[name].data_ptr() for name in ("x", "d_y") if name in values]
+    addresses = [values[name].data_ptr() for name in ("x", "d_y", "d_y_again", "d_x") if name in values]
     aligned = all(n % VECTOR == 0 for n in elements) and all(a % (VECTOR * x.itemsize) == 0 for a in addresses)
     return VECTOR if aligned else 1
 
@@ -208,7 +217,7 @@ def _hand_back(crossing: Crossing, gradients: Tensor, d_x: Tensor, d_initial: Te
         add_rows(d_initial, crossing.initial, gradients[crossing.initial_rows])
 
 
-def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor | None]:
-    """CUDA backend; arguments as `mambalign.ops.reference.causal_conv1d`."""
-    y, final_state = CausalConv1d.apply(*args)
-    return y, final_state
+def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """CUDA backend; arguments as `mambalign.ops.reference.causal_conv1d`, then `joint`. The last output is y again."""
+    y, final_state, again = CausalConv1d.apply(*args)
+    return y, final_state, again

@@ -13,9 +13,9 @@ from mambalign.ops import nvrtc
 from mambalign.ops.nvrtc import IO
 
 SOURCE = Path(__file__).with_name("rms_norm.cu")
-THREADS = 128
-WIDEST = 8192  # a thread holds its share of a row, and of the weight's gradient, in registers
-MOST_BLOCKS = 1024  # that sum the weight's gradient apart
+WIDEST = 8192  # elements: 8 a thread, of this row and of the next, and of the weight's gradient, are in registers
+# Threads that a multiprocessor holds by these registers (a thread has 48 forwards and 90 backwards, sm_90).
+FORWARD_THREADS, BACKWARD_THREADS = 1280, 768
 
 
 def unavailable(device: torch.device, x: Tensor | None = None, *others: Tensor | None) -> str | None:
@@ -45,16 +45,18 @@ class AddRMSNorm(torch.autograd.Function):
         total = x if residual is None and x.dtype == sum_dtype else x.new_empty(x.shape, dtype=sum_dtype)
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        launcher = _Launcher(x, weight, dtype, sum_dtype)
         values = {
             "x": given,
             "residual": None if residual is None else residual.to(sum_dtype).contiguous(),
             "total": None if total is x else total,
             "y": y,
             "scales": scales,
-            "weight": weight.float().contiguous(),
+            "weight": weight.contiguous(),
             "eps": eps,
         }
-        _launch("norm_forward", x, dtype, sum_dtype, values)
+        launcher("norm_forward", launcher.blocks(FORWARD_THREADS), values)
+        ctx.launcher = launcher
         ctx.save_for_backward(given if total is x else total, weight, scales)
         return y, total
 
@@ -69,34 +71,55 @@ class AddRMSNorm(torch.autograd.Function):
         d_residual = None
         if ctx.residual_dtype is not None:
             d_residual = d_x if total.dtype == ctx.x_dtype else torch.empty_like(total)
-        d_weights = torch.zeros(_blocks(total), total.shape[-1], dtype=torch.float32, device=total.device)
+        launcher: _Launcher = ctx.launcher
+        blocks, width = launcher.blocks(BACKWARD_THREADS), total.shape[-1]
+        d_weight = torch.empty(width, dtype=weight.dtype, device=weight.device)
         values = {
             "saved": total,
             "scales": scales,
-            "weight": weight.float().contiguous(),
+            "weight": weight.contiguous(),
             "d_y": d_y.to(ctx.dtype).contiguous(),
             "d_total": None if d_total is None else d_total.to(total.dtype).contiguous(),
             "d_x": d_x,
             "d_residual": None if d_residual is d_x else d_residual,
-            "d_weights": d_weights,
+            "d_weights": torch.empty(blocks, width, dtype=torch.float32, device=total.device),
+            "d_weight": d_weight,
+            "num_shares": blocks,
         }
-        _launch("norm_backward", d_x, ctx.dtype, total.dtype, values)
+        launcher("norm_backward", blocks, values)
+        launcher.sum_weight(values)
         d_residual = None if d_residual is None else d_residual.to(ctx.residual_dtype)
-        return d_x, d_residual, d_weights.sum(0).to(weight.dtype), None, None, None
+        return d_x, d_residual, d_weight, None, None, None
 
 
 def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:
     return nvrtc.module(SOURCE, macros, device)
 
 
-def _blocks(x: Tensor) -> int:
-    return min(x.numel() // max(x.shape[-1], 1), MOST_BLOCKS)
+class _Launcher:
+    """The kernels of one call, for both directions."""
 
+    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, sum_dtype: torch.dtype):
+        self.width, self.device = x.shape[-1], x.device
+        self.rows = x.numel() // max(self.width, 1)
+        self.threads = min(1024, max(32, -(-self.width // 256) * 32))
+        types = (("IO", IO[dtype]), ("X_IO", IO[x.dtype]), ("SUM_IO", IO[sum_dtype]), ("W_IO", IO[weight.dtype]))
+        shape = (("WIDTH", self.width), ("THREADS", self.threads))
+        held = (("FORWARD_BLOCKS", self._held(FORWARD_THREADS)), ("BLOCKS", self._held(BACKWARD_THREADS)))
+        self._module = module((*types, *shape, *held), x.device)
 
-def _launch(kernel: str, x: Tensor, dtype: torch.dtype, sum_dtype: torch.dtype, values: dict[str, Any]) -> None:
-    macros = (("IO", IO[dtype]), ("X_IO", IO[x.dtype]), ("SUM_IO", IO[sum_dtype]), ("WIDTH", x.shape[-1]))
-    rows = x.numel() // max(x.shape[-1], 1)
-    module(macros, x.device).launch(kernel, (_blocks(x), 1), THREADS, {"num_rows": rows} | values)
+    def _held(self, threads: int) -> int:
+        """Blocks to a multiprocessor, 32 at most."""
+        return min(32, max(1, threads // self.threads))
+
+    def blocks(self, threads: int) -> int:
+        return min(self.rows, self._held(threads) * nvrtc.multiprocessors(self.device))
+
+    def __call__(self, kernel: str, blocks: int, values: dict[str, Any]) -> None:
+        self._module.launch(kernel, (blocks, 1), self.threads, {"num_rows": self.rows} | values)
+
+    def sum_weight(self, values: dict[str, Any]) -> None:
+        self._module.launch("sum_weight", (-(-self.width // 32), 1), nvrtc.SUMMERS, values)
 
 
 def add_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
 from mambalign.ops.backends import send
+from mambalign.ops.halves import JointGradient
 from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments
 
@@ -89,7 +89,7 @@ def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> i
 
 
 def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> Plan:
-    longest = _longest_piece(segments, blocks, held, ENOUGH * _multiprocessors(device))
+    longest = _longest_piece(segments, blocks, held, ENOUGH * nvrtc.multiprocessors(device))
     begins, lengths, parents, owners, lasts = [], [], [], [], []
     last_unit: list[int] = []  # of each segment
     for segment, (begin, end, parent) in enumerate(
@@ -161,11 +161,6 @@ def module(macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:
     return nvrtc.module(SOURCE, macros, device)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class _Problem:
     """What the passes of one call share. It holds no token tensors: autograd keeps those, and may drop them.
 
@@ -179,12 +174,13 @@ class _Problem:
         D: Tensor | None,
         delta_bias: Tensor | None,
         segments: Segments,
+        joint: JointGradient | None,
     ):
         u = tokens["u"]
         (self.T, self.D), self.N = u.shape, A.shape[1]
         self.Dp = _up(self.D, LANES * WARPS)
         self.blocks = self.Dp // (LANES * WARPS)
-        self.device, self.segments = u.device, segments
+        self.device, self.segments, self.joint = u.device, segments, joint
         # One element type for all: where they differ, the widest keeps every bit.
         self.dtype = u.dtype if all(t.dtype == u.dtype for t in tokens.values()) else torch.float32
         rates = self._states(1)
@@ -209,6 +205,7 @@ class _Problem:
         if STATIC:
             # y's gradient, and z where there is none, have the usual row length.
             strides = {name: laid.get(f"{name}_stride", self.D) for name in ("u", "delta", "z", "d_out")}
+            strides["d_z"] = self.D if self.joint is None else 2 * self.D
             macros |= {"STATIC": 1, "STATIC_WIDTH": self.D} | {f"STATIC_{name}": n for name, n in strides.items()}
         self._module = module(tuple((name, int(value)) for name, value in macros.items()), self.device)
 
@@ -228,7 +225,7 @@ class _Problem:
         return {"d_out": d_out, "d_out_stride": self.D}
 
     def plan(self, held: int) -> Plan:
-        return plan(self.segments, self.blocks, held * _multiprocessors(self.device), self.device)
+        return plan(self.segments, self.blocks, held * nvrtc.multiprocessors(self.device), self.device)
 
     def values(self, plan: Plan) -> dict[str, Any]:
         """What every pass with this plan is given."""
@@ -266,6 +263,15 @@ class _Problem:
         """`[R, 16, Dp]` -> `[R, D, N]`."""
         return states[:, : self.N, : self.D].transpose(1, 2)
 
+    def gradients(self, gated: bool) -> dict[str, Any]:
+        """Of the token tensors, unwritten; that of z beside its other half where there is one."""
+        grads: dict[str, Any] = {name: self.tokens() for name in ("d_u", "d_delta")}
+        if gated:
+            joint = self.joint
+            d_z = self.tokens() if joint is None else joint.right(self.T, self.D, self.dtype, self.device)
+            grads |= {"d_z": d_z, "d_z_stride": d_z.stride(0)}
+        return grads
+
     def tokens(self) -> Tensor:
         return torch.empty(self.T, self.D, dtype=self.dtype, device=self.device)
 
@@ -302,9 +308,10 @@ class SelectiveScan(torch.autograd.Function):
         segments: Segments,
         initial_state: Tensor | None,
         output_final_state: bool,
+        joint: JointGradient | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         tokens = _tokens(u, delta, B, C, z)
-        problem = _Problem(tokens, A, D, delta_bias, segments)
+        problem = _Problem(tokens, A, D, delta_bias, segments, joint)
         laid = problem.laid(tokens)
         problem.compile(laid, delta_softplus)
         plan = problem.plan(FORWARD_BLOCKS)
@@ -331,7 +338,7 @@ class SelectiveScan(torch.autograd.Function):
         values |= {"d_final": problem.padded(d_finals), "checkpoints": checkpoints}
         problem.walk("scan_tails", plan.tails, values)
         problem.join("join_backward", values)
-        grads = {name: problem.tokens() for name in ("d_u", "d_delta", "d_z") if name != "d_z" or z is not None}
+        grads = problem.gradients(gated=z is not None)
         # Of every item: 16 rows of A, one of D, one of the bias.
         d_vectors = torch.empty(plan.all.rows, STATES + 2, problem.Dp, dtype=torch.float32, device=u.device)
         d_BC = torch.empty(problem.blocks, problem.T, 2 * STATES, dtype=torch.float32, device=u.device)
@@ -355,6 +362,7 @@ class SelectiveScan(torch.autograd.Function):
             None,
             None if d_initial is None else problem.unpadded(d_initial).to(initial_state.dtype),
             None,
+            None,
         )
 
 
@@ -369,6 +377,6 @@ def _tokens(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) ->
 
 
 def selective_scan(*args: Any) -> tuple[Tensor, Tensor | None]:
-    """CUDA backend; arguments as `mambalign.ops.reference.selective_scan`."""
+    """CUDA backend; arguments as `mambalign.ops.reference.selective_scan`, then `joint`."""
     y, final_state = SelectiveScan.apply(*args)
     return y, final_state

@@ -27,6 +27,7 @@ logger = logging.getLogger("mambalign")
 CACHE = Path(os.path.expanduser("~/.cache/mambalign/kernels"))  # unlike Path.home(), never an error
 PREAMBLE = Path(__file__).with_name("scalars.cuh")
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in the preamble
+SUMMERS = 8 * 32  # threads of a block that calls the preamble's `sum_rows`
 
 
 def unavailable(device: torch.device, *inputs: Tensor | None) -> str | None:
@@ -47,6 +48,11 @@ def _unavailable(device: torch.device) -> str | None:
     except (ImportError, OSError, RuntimeError) as error:  # the package, or the library that it looks for
         return f"needs cuda-bindings and NVRTC: pip install 'mambalign[gpu]' ({' '.join(str(error).split())})"
     return None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -54,35 +54,57 @@ __device__ __forceinline__ float widen(io x) { return Scalar<IO>::widen(x); }
 __device__ __forceinline__ io narrow(float x) { return Scalar<IO>::narrow(x); }
 
 // Four neighbours of a row as they are stored, in whole registers, and as numbers.
-struct alignas(4 * sizeof(io)) Four {
-  unsigned words[sizeof(io)];
+template <int KIND>
+struct alignas(4 * sizeof(typename Scalar<KIND>::type)) FourOf {
+  unsigned words[sizeof(typename Scalar<KIND>::type)];
 };
+typedef FourOf<IO> Four;
 
 struct Quad {
   float v[4];
 };
 
-__device__ __forceinline__ Quad widen(const Four& four) {
+template <int KIND>
+__device__ __forceinline__ Quad widen(const FourOf<KIND>& four) {
   const unsigned* w = four.words;
-#if IO == 0
-  return Quad{{__uint_as_float(w[0]), __uint_as_float(w[1]), __uint_as_float(w[2]), __uint_as_float(w[3])}};
-#elif IO == 1
-  return Quad{{__uint_as_float(w[0] << 16), __uint_as_float(w[0] & 0xffff0000u), __uint_as_float(w[1] << 16),
-               __uint_as_float(w[1] & 0xffff0000u)}};
-#else
-  return Quad{{from_fp16(w[0]), from_fp16(w[0] >> 16), from_fp16(w[1]), from_fp16(w[1] >> 16)}};
-#endif
+  if constexpr (KIND == 0)
+    return Quad{{__uint_as_float(w[0]), __uint_as_float(w[1]), __uint_as_float(w[2]), __uint_as_float(w[3])}};
+  else if constexpr (KIND == 1)
+    return Quad{{__uint_as_float(w[0] << 16), __uint_as_float(w[0] & 0xffff0000u), __uint_as_float(w[1] << 16),
+                 __uint_as_float(w[1] & 0xffff0000u)}};
+  else
+    return Quad{{from_fp16(w[0]), from_fp16(w[0] >> 16), from_fp16(w[1]), from_fp16(w[1] >> 16)}};
 }
 
-__device__ __forceinline__ Four narrow(const Quad& quad) {
+template <int KIND>
+__device__ __forceinline__ FourOf<KIND> narrow_to(const Quad& quad) {
   const float* v = quad.v;
-#if IO == 0
-  return Four{{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])}};
-#elif IO == 1
-  return Four{{two_to_bf16(v[0], v[1]), two_to_bf16(v[2], v[3])}};
-#else
-  return Four{{to_fp16(v[0]) | (unsigned)to_fp16(v[1]) << 16, to_fp16(v[2]) | (unsigned)to_fp16(v[3]) << 16}};
-#endif
+  if constexpr (KIND == 0)
+    return FourOf<KIND>{{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])}};
+  else if constexpr (KIND == 1)
+    return FourOf<KIND>{{two_to_bf16(v[0], v[1]), two_to_bf16(v[2], v[3])}};
+  else
+    return FourOf<KIND>{{to_fp16(v[0]) | (unsigned)to_fp16(v[1]) << 16, to_fp16(v[2]) | (unsigned)to_fp16(v[3]) << 16}};
+}
+
+__device__ __forceinline__ Four narrow(const Quad& quad) { return narrow_to<IO>(quad); }
+
+// The sum of every `stride`-th number from `from` on, `rows` of them, by a block of SUMMERS warps in a fixed order: a lane
+// has its own column, which may not exist, and every warp a share of the rows.
+#define SUMMERS 8
+__device__ __forceinline__ float sum_rows(const float* from, i64 rows, i64 stride, bool exists) {
+  __shared__ float parts[SUMMERS][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float sum = 0.f;
+  if (exists)
+#pragma unroll 8
+    for (i64 r = warp; r < rows; r += SUMMERS) sum += from[r * stride];
+  parts[warp][lane] = sum;
+  __syncthreads();
+  sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < SUMMERS; ++w) sum += parts[w][lane];
+  return sum;
 }
 
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2_E); }

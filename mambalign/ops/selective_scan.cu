@@ -36,14 +36,14 @@ struct Unit {
 struct Params {
   const io *u, *delta, *B, *C, *z, *d_out;
   const float *A, *D, *bias;  // A * log2(e) as [16, Dp]; D and bias [Dp] or null
-  i64 u_stride, delta_stride, B_stride, C_stride, z_stride, d_out_stride;
+  i64 u_stride, delta_stride, B_stride, C_stride, z_stride, d_out_stride, d_z_stride;
   const Unit* units;
   const int *item_starts, *item_units;  // item i walks units item_units[item_starts[i] : item_starts[i + 1]]
   const int* joined;                    // units with a slot, parents first
   const float *initial, *d_final;       // [S, 16, Dp] or null
   float *starts, *ends, *sums;          // [slots, 16, Dp], the same, [slots, Dp]
   float *checkpoints, *finals;          // state before every TILE tokens; after the last token of every segment
-  io *y, *d_u, *d_delta, *d_z;          // contiguous [T, D]
+  io *y, *d_u, *d_delta, *d_z;          // contiguous [T, D], but for d_z
   float4* d_BC;                         // [blocks, T, 8]: dB and dC of every block's channels, in the order of `add`
   io *d_B, *d_C;                        // [T, 16]
   float* d_vectors;                     // [items, 16 + 2, Dp]: the share of every item in dA, dD and the bias' gradient
@@ -561,7 +561,7 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
             const i64 to = (i64)(row + j) * WIDTH(p) + lane.channel;
             p.d_u[to] = narrow(d_x_own * dt_own + skip * d_y_own);
             p.d_delta[to] = narrow(d_delta);
-            if (GATED) p.d_z[to] = narrow(d_z);
+            if (GATED) p.d_z[(i64)(row + j) * STRIDE(p, d_z) + lane.channel] = narrow(d_z);
           }
         }
       }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mambalign.ops import cuda_scan, reference, torch_scan
 from mambalign.ops.backends import select
+from mambalign.ops.halves import JointGradient
 from mambalign.ops.segments import Segments, whole
 
 BACKENDS = {
@@ -38,6 +39,7 @@ def selective_scan(
     segments: Segments | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    joint: JointGradient | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]`, `y[t] = C[t] h[t] + D u[t]`, times `silu(z[t])` if given.
@@ -53,6 +55,7 @@ def selective_scan(
         segments: boundaries and forks; None means one sequence.
         initial_state: `[S, D, N]`; rows of roots are where they start, rows of children are ignored (zero gradient).
         output_final_state: also return the state after the last token of every segment.
+        joint: what `halves` gave with z: where z's gradient may be written beside that of the other half.
         backend: "auto", or a name from `BACKENDS`; a named backend always wins, and raises if it cannot run.
 
     Returns:
@@ -69,9 +72,9 @@ def selective_scan(
     """
     segments = whole(u.shape[0]) if segments is None else segments
     _check(u, delta, A, B, C, D, z, delta_bias, segments, initial_state)
-    run = BACKENDS[select_backend(backend, u.device, A, u, delta, B, C, D, z, delta_bias, initial_state)[0]]
-    inputs = u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, initial_state
-    y, final_state = run(*inputs, output_final_state)
+    name = select_backend(backend, u.device, A, u, delta, B, C, D, z, delta_bias, initial_state)[0]
+    inputs = u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, initial_state, output_final_state
+    y, final_state = BACKENDS[name](*inputs, joint) if name == "cuda" else BACKENDS[name](*inputs)
     if not output_final_state:
         return y
     assert final_state is not None

@@ -14,7 +14,9 @@ from mambalign.ops import (
     add_rms_norm,
     causal_conv1d,
     cuda_logps,
+    cuda_norm,
     cuda_scan,
+    halves,
     nvrtc,
     rms_norm,
     selective_scan,
@@ -48,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "module", lambda source, macros, device: built(source, macros))
     monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
-    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
     yield
 
@@ -148,6 +150,88 @@ def test_rows_with_gaps_between_them() -> None:
         assert torch.equal(ours[0], torch.autograd.grad(y, first, turned.contiguous())[0])
 
 
+def block(xz: torch.Tensor, weights: dict[str, torch.Tensor], joint: bool, segments: Segments) -> torch.Tensor:
+    """The middle of Mamba's block: convolution of one half, scan gated by the other."""
+    x, z, gradient = halves(xz) if joint else (*xz.chunk(2, dim=-1), None)
+    options: dict[str, Any] = {"segments": segments, "backend": "cuda", "joint": gradient}
+    u, again = causal_conv1d(x, weights["weight"], weights["bias"], "silu", twice=True, **options)
+    B, C = again[:, :3] * 2, again[:, 2:5] - 1
+    return selective_scan(u, u * 0.5, weights["A"], B, C, weights["D"], z, delta_softplus=True, **options)
+
+
+def block_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor], Segments]:
+    segments = Segments.from_lengths([9, 4, 6, 20], [-1, 0, 0, -1])
+    weights = {k: v.detach() for k, v in (scan_inputs(1, 1, dtype, D=8) | conv_inputs(1, 1, dtype, D=8)).items()}
+    return torch.randn(39, 16).to(dtype).requires_grad_(), weights, segments
+
+
+def cats(backward: Any) -> int:
+    """How often `backward()` puts tensors together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        backward()
+    return sum(event.count for event in profile.key_averages() if event.key == "aten::cat")
+
+
+@pytest.mark.parametrize(("dtype", "static"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_both_halves_gradients_are_written_into_one_tensor(
+    dtype: torch.dtype, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_scan, "STATIC", static)
+    xz, weights, segments = block_inputs(dtype)
+    wanted = torch.randn(39, 8).to(dtype)
+    theirs = torch.autograd.grad(block(xz, weights, False, segments), xz, wanted)[0]
+    y = block(xz, weights, True, segments)
+    assert cats(lambda: y.backward(wanted, retain_graph=True)) == 0
+    assert torch.equal(xz.grad, theirs)
+    first, xz.grad = xz.grad, None
+    y.backward(wanted)
+    assert torch.equal(xz.grad, theirs) and xz.grad.data_ptr() != first.data_ptr()
+
+
+def test_halves_that_do_not_meet() -> None:
+    """Hooks, other users, one half alone, parts of a backward pass: the gradients of `chunk`, by a copy."""
+    xz, weights, segments = block_inputs(torch.float32)
+    for case in ("hook", "other user", "left alone", "right alone", "in parts", "mixed types"):
+        results = []
+        for joint in (False, True):
+            x, z, gradient = halves(xz) if joint else (*xz.chunk(2, dim=-1), None)
+            options: dict[str, Any] = {"segments": segments, "backend": "cuda", "joint": gradient}
+            if case == "hook":
+                z.register_hook(lambda d_z: d_z * 2)
+            given = (x if case != "right alone" else x.detach()), (z if case != "left alone" else z.detach())
+            x_given = given[0].bfloat16() if case == "mixed types" else given[0]
+            u = causal_conv1d(x_given, weights["weight"], weights["bias"], "silu", **options)
+            y = selective_scan(u, u * 0.5, weights["A"], u[:, :3], u[:, 2:5], z=given[1], **options)
+            y = y + (z * x if case == "other user" else 0)
+            if case == "in parts":
+                parts = torch.autograd.grad(y.sum(), (z, u), retain_graph=True)
+                results.append(torch.autograd.grad((u, z), xz, (parts[1], parts[0])))
+            else:
+                results.append(torch.autograd.grad(y.pow(2).sum(), xz))
+        assert torch.equal(results[0][0], results[1][0]), case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [5, 8])
+def test_a_convolution_used_twice(D: int, dtype: torch.dtype) -> None:
+    """The gradients of both uses add up in fp32, and either may be missing."""
+    segments = Segments.from_lengths([9, 4, 70, 20], [-1, 0, 0, -1])
+    inputs = conv_inputs(103, 4, dtype, D=D)
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    weights = torch.randn(2, 103, D).to(dtype)
+    weights[1] = weights[1].T.contiguous().T if D == 5 else weights[1]
+    for used in ((0, 1), (0,), (1,)):
+        pair = causal_conv1d(**inputs, activation="silu", segments=segments, twice=True, backend="cuda")
+        assert pair[0].data_ptr() == pair[1].data_ptr() and pair[0]._version == pair[1]._version
+        ours = torch.autograd.grad([pair[i] for i in used], list(inputs.values()), [weights[i] for i in used])
+        y = causal_conv1d(**exact, activation="silu", segments=segments, backend="reference")
+        theirs = torch.autograd.grad(y, list(exact.values()), sum(weights[i].double() for i in used))
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative_error(a, b) < TOLERANCE[dtype]
+    pair[0].detach().add_(1)
+    assert pair[0]._version == pair[1]._version > 0  # a write to one shows in the other
+
+
 @pytest.mark.parametrize("vocabulary", [2, 7, 50, 264, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_logps(vocabulary: int, dtype: torch.dtype) -> None:
@@ -187,6 +271,22 @@ def test_norm(x_dtype: torch.dtype, weight_dtype: torch.dtype, dtype: torch.dtyp
     assert results[0][0].dtype == (dtype or torch.promote_types(x_dtype, weight_dtype))
     for ours, theirs in zip(*results, strict=True):
         assert relative_error(ours, theirs) < max(TOLERANCE[d] for d in (x_dtype, weight_dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_norm_of_many_rows_by_few_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block walks several rows, the next on its way: as on a GPU, which has room for a few of a batch."""
+    monkeypatch.setattr(cuda_norm, "FORWARD_THREADS", 0)
+    monkeypatch.setattr(cuda_norm, "BACKWARD_THREADS", 200)
+    x, residual = torch.randn(rows, 700, requires_grad=True), torch.randn(rows, 700, requires_grad=True)
+    weight, results = torch.randn(700, requires_grad=True), []
+    projections = torch.randn(2, rows, 700)
+    for backend in ("cuda", "cuda", "torch"):
+        outputs = add_rms_norm(x, residual, weight, backend=backend)
+        loss = sum((output * projection).sum() for output, projection in zip(outputs, projections, strict=True))
+        results.append((*outputs, *torch.autograd.grad(loss, (x, residual, weight))))
+    for ours, again, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, again) and relative_error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("case", NORM_CASES)
