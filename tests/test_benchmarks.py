@@ -18,9 +18,10 @@ from torch import Tensor
 from mambalign.ops import causal_conv1d
 from tests.bench import standin
 from tests.bench.standin import MambaLMHeadModel
+from tests.train.conftest import byte_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("common", "ops", "train_step", "real_data", "sft_real", "dpo_real", "plot")
+SCRIPTS = ("common", "context_pair", "ops", "train_step", "real_data", "sft_real", "dpo_real", "plot")
 
 
 @pytest.fixture
@@ -148,6 +149,38 @@ def test_dpo_real(script: Callable[[str], ModuleType], data: SimpleNamespace, tm
     monkeypatch.setattr(MambaLMHeadModel, "error", 0.01)
     with pytest.raises(SystemExit, match="more than rounding"):
         script("dpo_real").main(arguments)
+
+
+def test_a_pair_to_read_long_documents_with(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are trained on the same batches, the documents held out are whole, and the verb reads them with both."""
+    from mambalign.bench import perplexity
+
+    text, made = tmp_path / "text.jsonl", script("context_pair")
+    rows = [{"text": f"part {part} of document {doc} " * 9, "doc": doc} for doc in range(3) for part in range(2)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    seen: dict[str, list[Any]] = {}
+    train = made.train
+
+    def recorded(model: Any, loss_of: Any, batch: Any, steps: Any, *rest: Any) -> int:
+        mine = seen.setdefault(type(model).__name__, [])
+        return train(model, loss_of, lambda step: mine.append(batch(step)) or mine[-1], steps or 3, *rest)
+
+    monkeypatch.setattr(made, "train", recorded)
+    pair = tmp_path / "pair"
+    made.main(f"--data {text} --join doc --tokenizer {tmp_path / 'tokenizer'} --out {pair} --size tiny --length 16 "
+              "--rows 2 --held-out 2".split())  # fmt: skip
+    mamba, neox = seen.values()
+    assert len(mamba) == len(neox) == 3 and all(torch.equal(a, b) for a, b in zip(mamba, neox, strict=True))
+    held_out = pair / "held-out.jsonl"
+    assert [json.loads(line)["text"].split()[4] for line in held_out.read_text().splitlines()] == ["1", "2"]
+    options = perplexity.Options(
+        str(tmp_path / "pair/mamba"), str(held_out), str(tmp_path / "pair/neox"), lengths=(32,)
+    )
+    result = perplexity.run(options)
+    assert {(row["who"], row.get("training_length")) for row in result["rows"]} == {("ours", None), ("transformer", 16)}
 
 
 def test_memory_that_runs_out(script: Callable[[str], ModuleType]) -> None:

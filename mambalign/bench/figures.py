@@ -214,7 +214,9 @@ def perplexity(rows: list[Row], new: New) -> Any:
                 label = f"training length of {name}"
                 axes.axvline(trained, color=colour(who), linestyle=":", linewidth=1, label=label)
         over_lengths(axes, [row[x] for row in some], f"{title}, tokens")
-    panels[0].set(ylabel="perplexity", yscale="log")
+    shown = [row["perplexity"] for row in rows if row["perplexity"] is not None]
+    # Of few documents a band may be wider than all curves together: it is cut, they are not.
+    panels[0].set(ylabel="perplexity", yscale="log", ylim=(min(shown) / 1.5, max(shown) * 1.5))
     plain_ticks(panels[0])
     joined = rows[0].get("joined")
     if joined:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from mambalign.bench import contestants
 from mambalign.bench.measure import DEVICE, Result, Row, free_memory, result_of, say, timed
+from mambalign.data.json_rows import json_rows
 from mambalign.data.rows import PlainText
-from mambalign.data.sources import Source, load_source
 from mambalign.models.checkpoint import load_tokenizer
 from mambalign.ops import token_logps
 from mambalign.recipe import UserError, nearest
@@ -96,34 +96,35 @@ def texts_of(options: Options) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text, at byte {error.start}; save the file as UTF-8") from error
         return
-    rows = _rows_of(options)
-    for column in filter(None, (options.column, options.join)):
-        if column not in rows.column_names:
-            there = ", ".join(rows.column_names)
-            hint = nearest(column, rows.column_names)
-            raise UserError(f"--data {options.data}: no column {column!r}; there are {there}{hint}")
-    if options.join is None:
-        yield from (_text(options, text) for text in rows[options.column])
-        return
     joined: dict[Any, list[str]] = {}
-    for key, text in zip(rows[options.join], rows[options.column], strict=True):
-        joined.setdefault(key, []).append(_text(options, text))
+    for row in _rows_of(options, path):
+        for column in filter(None, (options.column, options.join)):
+            if column not in row:
+                hint = nearest(column, row)
+                raise UserError(f"--data {options.data}: no column {column!r}; there are {', '.join(row)}{hint}")
+        text = row[options.column]
+        if not isinstance(text, str):
+            raise UserError(f"--data {options.data}: column {options.column!r} holds {type(text).__name__}, not text")
+        if options.join is None:
+            yield text
+        else:
+            joined.setdefault(row[options.join], []).append(text)
     yield from ("".join(pieces) for pieces in joined.values())
 
 
-def _rows_of(options: Options) -> Any:
-    """The split that is named, else the first held-out one, else what there is to train on."""
+def _rows_of(options: Options, path: Path) -> Iterator[Row]:
+    """A JSON-lines file as it is read; else the split that is named, or the first held-out one, or the training one."""
+    if path.suffix == ".jsonl" and path.is_file():
+        yield from (row for _, row in json_rows(path))
+        return
+    from mambalign.data.sources import Source, load_source  # `datasets` takes seconds to import
+
     source = Source(options.data, splits=(options.split,) if options.split else None)
     for kind, splits in (("test", ["test", "validation"]), ("train", ["train"])):
         for _, rows in load_source(source, splits, kind):
-            return rows
+            yield from rows
+            return
     raise UserError(f"--data {options.data}: nothing to read; name a --split")
-
-
-def _text(options: Options, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"--data {options.data}: column {options.column!r} holds {type(value).__name__}, not text")
-    return value
 
 
 def documents_of(options: Options, tokenizer: Any) -> tuple[Tensor, Row]:

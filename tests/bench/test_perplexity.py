@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -123,6 +124,17 @@ def test_too_long_a_length_is_refused_with_the_way_out(text: Path) -> None:
         documents_of(options(text, column="txt"), byte_tokenizer())
     with pytest.raises(UserError, match="holds int, not text"):
         documents_of(options(text, column="doc"), byte_tokenizer())
+
+
+def test_a_table_is_read_as_lines_are(text: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in text.read_text().splitlines()]
+    (tmp_path / "data").mkdir()
+    for split, some in (("train", rows[:1]), ("validation", rows)):
+        datasets.Dataset.from_list(some).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    expected, facts = documents_of(options(text, join="doc"), byte_tokenizer())
+    for place in (tmp_path / "data", tmp_path / "data" / "validation.parquet"):
+        ids, found = documents_of(options(place, join="doc"), byte_tokenizer())
+        assert torch.equal(ids, expected) and found == facts
 
 
 def test_text_files_are_one_document(tmp_path: Path) -> None:
