@@ -140,6 +140,24 @@ def mamba_ssm(like: Any, weights: str, recompute: bool | str = False) -> Any:
     return model.train()
 
 
+def training_length(model: Any) -> int | None:
+    """Positions that a Transformer was made for."""
+    found = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    return None if found is None else int(found)
+
+
+def reach(model: Any, longest: int) -> tuple[int, str]:
+    """(tokens that a Transformer can be given, what is done past its training length)."""
+    trained = training_length(model)
+    if trained is None or longest <= trained:
+        return longest, "within its training length"
+    rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
+    if rotary:
+        kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        return longest, f"positions run on past {trained:,} (rotary embeddings, {kind})"
+    return trained, f"its {trained:,} positions are a table: it cannot read further"
+
+
 def gib(*models: Any) -> float:
     """Memory of the weights."""
     return sum(p.numel() * p.element_size() for model in models for p in model.parameters()) / 2**30

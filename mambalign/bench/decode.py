@@ -156,12 +156,12 @@ def differences(runs: dict[str, Callable[[int], Any]], tokens: int, repeats: int
             try:
                 short, long = (timed(partial(run, n))[0] for n in (SHORT, SHORT + tokens))
             except torch.OutOfMemoryError:
-                say(f"{name}: out of memory")
                 del found[name]
-                continue
-            if turn:
+            if name not in found:  # past the exception, which holds on to the tensors
+                say(f"{name}: out of memory")
+                free_memory()
+            elif turn:
                 found[name].append(long - short)
-        free_memory()
     return found
 
 
@@ -189,13 +189,13 @@ def run(options: Options) -> Result:
     plain = _plain(model) if DEVICE.type == "cpu" else None
     rows: list[Row] = []
     for batch in options.batches:
-        if time.monotonic() > deadline:
+        if rows and time.monotonic() > deadline:
             say(f"{options.minutes:g} minutes are over: no batch from {batch} on")
             break
         rows += batched(options, batch, model, {PEER: peer, HF_MAMBA: plain, TRANSFORMER: other})
     speed = bandwidth()
     for length in options.contexts:
-        if time.monotonic() > deadline:
+        if rows and time.monotonic() > deadline:
             say(f"{options.minutes:g} minutes are over: no context from {length:,} on")
             break
         rows += behind(options, length, model, other, speed)
@@ -283,9 +283,13 @@ def behind(options: Options, length: int, model: Any, other: Any, bytes_a_second
     runs: dict[str, Callable[[int], Any]] = {
         OURS: lambda tokens: engine.generate([Request((1,), sampling(tokens), state)])
     }
+    can, why = contestants.reach(other, length + SHORT + options.tokens)
     try:
-        cached = Cached(other, context)
-        held[TRANSFORMER], runs[TRANSFORMER] = cached.bytes, cached.generate
+        if can < length + SHORT + options.tokens:
+            say(f"{TRANSFORMER}: not behind {length:,} tokens, {why}")
+        else:
+            cached = Cached(other, context)
+            held[TRANSFORMER], runs[TRANSFORMER] = cached.bytes, cached.generate
     except torch.OutOfMemoryError:
         say(f"{TRANSFORMER}: out of memory behind {length:,} tokens")
     weights = {OURS: contestants.gib(model) * 2**30, TRANSFORMER: contestants.gib(other) * 2**30}

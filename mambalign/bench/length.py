@@ -39,7 +39,8 @@ MARKS: dict[bool | str, str] = {False: "", True: " recomputed", "selective": " r
 LEVELS: dict[str, tuple[bool | str, ...]] = {
     "auto": (False, "selective", True), "none": (False,), "selective": ("selective",), "full": (True,),
 }  # fmt: skip
-OK, NO_MEMORY, NO_TIME = "measured", "out of memory", "left out: no time left"
+OK, NO_MEMORY = "measured", "out of memory"
+NO_TIME, NO_POSITIONS = "left out: no time left", "left out: it has no positions so far"
 TOKENS = {"tiny": 256, "4m": 2048, "130m": 32768, "790m": 16384, "2.8b": 8192}
 
 # What fits the machine where the user says nothing.
@@ -51,7 +52,7 @@ DEFAULTS: dict[str, Row] = {
         "minutes": 1.5,
         "repeats": 3,
     },
-    "cuda": {"size": "130m", "weights": "bf16", "lengths": tuple(2**i for i in range(9, 21)), "minutes": 3.0},
+    "cuda": {"size": "130m", "weights": "bf16", "lengths": tuple(2**i for i in range(9, 20)), "minutes": 3.0},
 }
 
 
@@ -182,22 +183,33 @@ def run(options: Options) -> Result:
     options.check()
     deadline = time.monotonic() + 60 * options.minutes
     size = options.size if options.model is None else Path(options.model).name
-    made = entered(options)
+    try:
+        made = entered(options)
+    except torch.OutOfMemoryError:
+        raise UserError("not enough memory for the weights of all contestants at once; take a smaller --size") from None
     tokens = options.tokens or TOKENS[options.size]
     say(f"{', '.join(f'{one.name} {contestants.million(one.model):,.1f}M' for one in made)}; {tokens:,} tokens a step")
     words = vocabulary(made)
     errors = contestants.check_ours(made[0].model, options.weights, words)
     rows: list[Row] = []
+    stopped = None
     for length in sorted(options.lengths):
-        if time.monotonic() > deadline:
+        if rows and time.monotonic() > deadline:
             say(f"{options.minutes:g} minutes are over: no length beyond {rows[-1]['length']:,}")
             break
-        found = measure(made, length, max(1, tokens // length), words, options.repeats, deadline)
+        try:
+            found = measure(made, length, max(1, tokens // length), words, options.repeats, deadline)
+        except RuntimeError as error:  # a kernel that cannot be so long; what was measured before is not lost
+            if not rows:
+                raise
+            stopped = f"at {length:,} tokens: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+            say(f"stopped {stopped}")
+            break
         rows += [{"size": size, **row} for row in found]
-        if all(row["outcome"] == NO_MEMORY for row in found):
+        if all(row["outcome"] != OK for row in found):
             break
     settings = {
-        **asdict(options), "tokens": tokens, "errors": errors,
+        **asdict(options), "tokens": tokens, "errors": errors, "stopped": stopped,
         "attention": next((one.attention for one in made if one.attention), None),
     }  # fmt: skip
     return result_of("length", rows, settings, summary(rows))
@@ -212,7 +224,9 @@ def measure(made: Sequence[Contestant], length: int, rows: int, words: int, repe
     losses: dict[str, float] = {}
     for one in made:
         left = 1e3 * (deadline - time.monotonic())
-        if 4 * one.expected_ms(length, ids.numel()) > left:  # a first step, and three that count
+        if one.name == TRANSFORMER and contestants.reach(one.model, length)[0] < length:
+            outcome[one.name] = NO_POSITIONS
+        elif one.speeds and 4 * one.expected_ms(length, ids.numel()) > left:  # a first step, and three that count
             outcome[one.name] = NO_TIME
         elif (loss := first_step(one, ids)) is None:
             outcome[one.name] = NO_MEMORY

@@ -142,9 +142,7 @@ def _resident(name: str) -> float:
 
 
 def memory_left() -> float:
-    """GiB that may still be asked for: of the card, or of the machine (infinite where nobody knows)."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.mem_get_info()[0] / 2**30
+    """GiB of the machine that may still be asked for; infinite where nobody knows."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

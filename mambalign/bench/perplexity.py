@@ -261,24 +261,6 @@ def by_position(nll: Tensor) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def training_length(model: Any) -> int | None:
-    """Positions that a Transformer was made for."""
-    found = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    return None if found is None else int(found)
-
-
-def reach(model: Any, longest: int) -> tuple[int, str]:
-    """(tokens that a Transformer can be given, what is done past its training length)."""
-    trained = training_length(model)
-    if trained is None or longest <= trained:
-        return longest, "within its training length"
-    rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    if rotary:
-        kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-        return longest, f"positions run on past {trained:,} (rotary embeddings, {kind})"
-    return trained, f"its {trained:,} positions are a table: it cannot read further"
-
-
 def run(options: Options) -> Result:
     """Read the documents with each model; rows of kind "position" and "reset".
 
@@ -307,8 +289,8 @@ def run(options: Options) -> Result:
         known: Row = {"who": who, "model": Path(path).name, "documents": facts["documents"], "joined": facts["joined"]}
         can = longest
         if who == TRANSFORMER:
-            can, notes[Path(path).name] = reach(model, longest)
-            known["training_length"] = training_length(model)
+            can, notes[Path(path).name] = contestants.reach(model, longest)
+            known["training_length"] = contestants.training_length(model)
             say(f"{Path(path).name}: {notes[Path(path).name]}")
         rows += [known | row for row in read(model, ids[:, :can], options.lengths, chunk, who == OURS, deadline)]
         del model

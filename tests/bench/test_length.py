@@ -60,6 +60,7 @@ class Needy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, needs: dict[bool | str, int], card: int):
         self.recompute: bool | str = False
         self.config = type("Config", (), {"vocab_size": 100})
+        monkeypatch.setattr(contestants, "reach", lambda model, longest: (longest, ""))
         monkeypatch.setattr(contestants, "set_recompute", lambda model, how: setattr(model, "recompute", how))
         monkeypatch.setattr(contestants, "step", lambda model, *_, **__: model.run)
         monkeypatch.setattr(contestants, "gib", lambda *_: 1.0)
@@ -91,6 +92,35 @@ def test_memory_that_runs_out_is_met_by_recomputing_and_then_is_a_result(
     assert again["outcome"] == outcome
     if outcome == NO_MEMORY:
         assert model.runs == tried  # once too little is too little: nothing is tried again
+
+
+def test_a_kernel_that_fails_at_a_length_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = length.measure
+
+    def failing(made: Any, tokens: int, *rest: Any) -> Any:
+        if tokens > 16:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nadvice")
+        return measured(made, tokens, *rest)
+
+    monkeypatch.setattr(length, "measure", failing)
+    result = length.run(Options(size="tiny", lengths=(16, 32, 64), repeats=1, tokens=32))
+    assert {row["length"] for row in result["rows"]} == {16}
+    assert result["settings"]["stopped"] == "at 32 tokens: CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        length.run(Options(size="tiny", lengths=(32,), repeats=1, tokens=32))
+
+
+def test_the_first_length_is_measured_whatever_the_time() -> None:
+    result = length.run(Options(size="tiny", lengths=(16, 32), repeats=1, tokens=32, minutes=0))
+    assert [(row["length"], row["outcome"]) for row in result["rows"]] == [(16, OK)] * 2
+
+
+def test_a_table_of_positions_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Needy(monkeypatch, {False: 0}, 1)
+    monkeypatch.setattr(contestants, "reach", lambda model, longest: (min(longest, 64), "a table"))
+    one = Contestant("transformer", model, "fp32", lambda *_: None, (False,))
+    outcomes = [length.measure([one], n, 1, 100, repeats=1, deadline=math.inf)[0]["outcome"] for n in (64, 65)]
+    assert outcomes == [OK, length.NO_POSITIONS]
 
 
 def test_who_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from mambalign.bench import perplexity
+from mambalign.bench import contestants, perplexity
 from mambalign.bench.perplexity import Options, by_position, documents_of, edges, stream_nll, whole_nll, windows_nll
 from mambalign.recipe import UserError
 from tests.generation.conftest import V, pair
@@ -155,10 +155,10 @@ def test_what_a_transformer_can_read_is_said() -> None:
     learned = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2, n_positions=64)
     )
-    assert perplexity.reach(rotary, 256) == (256, "positions run on past 64 (rotary embeddings, default)")
-    can, note = perplexity.reach(learned, 256)
+    assert contestants.reach(rotary, 256) == (256, "positions run on past 64 (rotary embeddings, default)")
+    can, note = contestants.reach(learned, 256)
     assert can == 64 and "cannot read further" in note
-    assert perplexity.reach(learned, 64) == (64, "within its training length")
+    assert contestants.reach(learned, 64) == (64, "within its training length")
 
 
 def test_a_transformer_out_of_memory_is_read_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:

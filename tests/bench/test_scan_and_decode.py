@@ -35,7 +35,7 @@ def test_the_scan_beside_a_peer_a_loop_and_floors(bench: Callable[..., Any], mon
     assert {row["who"] for row in rows if row["length"] == 256} == everyone - {scan.UNEVEN}  # of one row
     assert all(row["forward_ms"] > 0 and row["both_ms"] > 0 and row["tokens"] == 256 for row in rows)
     errors = written["settings"]["errors"]["scan, float32"]
-    assert set(errors) == everyone and max(errors["ours"].values()) < 1e-5
+    assert set(errors) == everyone - {scan.UNEVEN} and max(errors["ours"].values()) < 1e-5
     assert "times as fast as mamba-ssm" in written["summary"]
 
 
