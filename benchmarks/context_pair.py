@@ -25,12 +25,15 @@ from mambalign.bench.measure import DEVICE, free_memory
 from mambalign.bench.perplexity import Options, texts_of
 from mambalign.models.checkpoint import load_tokenizer, save_model
 
+PIECE = 20000  # characters tokenised together: pieces go to all cores
+
 
 def tokens_of(documents: Sequence[str], tokenizer: Any) -> Tensor:
     """All documents end to end, each ended with eos: int64 `[tokens]`."""
-    pieces = [text[start : start + 20000] for text in documents for start in range(0, len(text), 20000)]
-    ids = tokenizer(pieces, add_special_tokens=False)["input_ids"]  # in pieces, on all cores
-    return torch.tensor([token for piece in ids for token in [*piece, tokenizer.eos_token_id]])
+    pieces = [(text, start) for text in documents for start in range(0, len(text), PIECE)]
+    ids = tokenizer([text[start : start + PIECE] for text, start in pieces], add_special_tokens=False)["input_ids"]
+    ended = ([tokenizer.eos_token_id] if start + PIECE >= len(text) else [] for text, start in pieces)
+    return torch.tensor([token for piece, end in zip(ids, ended, strict=True) for token in [*piece, *end]])
 
 
 def batches(tokens: Tensor, rows: int, length: int) -> Callable[[int], Tensor]:

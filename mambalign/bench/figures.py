@@ -70,13 +70,14 @@ def over_lengths(axes: Any, lengths: Iterable[int], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def shared_legend(figure: Any, panels: Sequence[Any], columns: int = 4) -> None:
+def shared_legend(figure: Any, panels: Sequence[Any], columns: int = 4, title: str | None = None) -> None:
     """One legend of all panels under them, where it covers no data."""
     named: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(columns, len(named)))
+    where = {"loc": "outside lower center", "ncols": min(columns, len(named)), "title": title, "title_fontsize": 7}
+    figure.legend(named.values(), named.keys(), **where)
 
 
 # --------------------------------------------------------------------------------------------------- the four verbs
@@ -204,7 +205,7 @@ def decode(rows: list[Row], new: New) -> Any:
 def perplexity(rows: list[Row], new: New) -> Any:
     """By position in a document, and by the length after which the state is reset; bands: 95% over documents."""
     figure, panels = new(1, 2, figsize=(7, 3.2), sharey=True)
-    titles = ("position in the document", "state reset every")
+    titles = ("position in the document", "read anew every")
     for axes, kind, x, title in zip(panels, ("position", "reset"), ("to", "length"), titles, strict=True):
         some = [row for row in rows if row["kind"] == kind]
         for (who, name), one in grouped(some, "who", "model").items():
@@ -219,9 +220,8 @@ def perplexity(rows: list[Row], new: New) -> Any:
     panels[0].set(ylabel="perplexity", yscale="log", ylim=(min(shown) / 1.5, max(shown) * 1.5))
     plain_ticks(panels[0])
     joined = rows[0].get("joined")
-    if joined:
-        figure.supxlabel(f"documents {joined}", fontsize=7)
-    shared_legend(figure, panels, columns=3)
+    count = f"{rows[0]['documents']} documents" + (f" {joined}" if joined else "")
+    shared_legend(figure, panels, columns=3, title=f"{count}; bands: 95% over documents")
     return figure
 
 
