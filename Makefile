@@ -40,8 +40,10 @@ type: $(DEV)  ## mypy over the package
 bench: $(DEV)  ## forward+backward tokens/s, transformers' CPU path and ours side by side
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
-docs: $(DEV)  ## run the examples in the docstrings, check the links in the documents
-	$(BIN)/python -m pytest -q --doctest-modules mambalign tests/test_docs.py
+docs: $(DEV)  ## check the documents and run their commands, build the handbook into build/site, run docstrings' examples
+	$(BIN)/python docs/check.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q --doctest-modules mambalign
 
 clean:  ## remove the environment, caches and the demo's run
 	rm -rf $(VENV) $(DEMO_DIR) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ from tests.bench.standin import MambaLMHeadModel
 from tests.train.conftest import byte_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("common", "context_pair", "ops", "train_step", "real_data", "sft_real", "dpo_real", "plot")
+SCRIPTS = ("common", "context_pair", "ops", "train_step", "real_data", "sft_real", "dpo_real", "long_context", "plot")
 
 
 @pytest.fixture
@@ -113,6 +113,19 @@ def test_train_step(
     monkeypatch.setattr(MambaLMHeadModel, "error", 0.01)
     with pytest.raises(SystemExit, match="losses differ"):
         script("train_step").main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "train_step.json")])
+
+
+def test_long_context(script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_context, file = script("long_context"), tmp_path / "long_context.json"
+    options = ["--tiny", "--repeats", "1", "--json", str(file)]
+    long_context.main(options)
+    written = json.loads(file.read_text())
+    ways = {"exact", "truncated", "whole", "whole, recomputed"}
+    assert {(row["length"], row["who"]) for row in written["rows"]} == {(n, w) for n in (64, 256, 512) for w in ways}
+    assert 0 < written["largest_gradient_error"] < 1e-5
+    monkeypatch.setattr(long_context, "TOLERANCE", 0.0)
+    with pytest.raises(SystemExit, match="no numbers"):
+        long_context.main(options)
 
 
 def test_training_cases_cover_what_is_claimed(script: Callable[[str], ModuleType]) -> None:

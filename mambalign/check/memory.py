@@ -267,6 +267,8 @@ def optimizer_bytes(optim: str) -> float:
 
 def tokens_per_forward(recipe: Recipe, stage: str) -> int:
     """The most tokens a device may see in one forward pass: rows of max_length, or pairs of two completions."""
+    if recipe.state_passing != "off":
+        return recipe.state_passing_chunk  # whatever the rows are; a batch may hold a document of any length
     tokens = recipe.per_device_train_batch_size * recipe.max_length * (2 if stage in PAIR_STAGES else 1)
     return min(tokens, recipe.max_tokens_per_device or tokens)
 

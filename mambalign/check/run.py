@@ -303,7 +303,12 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
         seed=recipe.seed,
         packing=recipe.packing,
         group_by_prompt=recipe.group_by_prompt,
+        longer_alone=recipe.state_passing != "off",
     )
+    if recipe.state_passing != "off":
+        from mambalign.train.long_context import describe
+
+        section["state_passing"] = describe(recipe, packed.example_lengths)
     if not pairs:
         section["packed_rows"] = round(len(packed) * scale)
         section["packing_fill"] = round(packed.fill, 4)

@@ -45,7 +45,8 @@ def _sentence(error: BaseException) -> str | None:
             return f"{error.filename}: {error.strerror}" if error.strerror and error.filename else str(error)
         return None
     if type(error).__name__ == "OutOfMemoryError":
-        return "out of device memory; lower per_device_train_batch_size or set max_tokens_per_device"
+        keys = "per_device_train_batch_size or set max_tokens_per_device; with state_passing lower state_passing_chunk"
+        return f"out of device memory; lower {keys}"
     if isinstance(error, mambalign.UserError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         return str(error)
     return None

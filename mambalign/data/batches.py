@@ -40,7 +40,7 @@ class PackedBatch:
         last_positions: int64 `[K]`, where the last trained token of every sequence lies (its last token, if none is
             trained): the end of its answer, which a reward model scores.
         pairs: int64 `[P, 2]` of (chosen k, rejected k), or None for plain sequences.
-        indices: int64, the dataset index of every example: `[K]` for sequences, `[P]` for pairs.
+        indices: int64, the dataset index of every example: `[K]` for sequences, `[P]` for pairs; stays on the CPU.
         num_prompt_tokens_saved: prompt tokens that computing every completion alone would compute in addition.
         margins: fp32 `[P]`, by how much the reward of chosen is to be above that of rejected, if the pairs say so.
     """
@@ -66,7 +66,7 @@ class PackedBatch:
         return self.target_ids.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """A copy with every tensor on `device`; `segments` decides shapes and stays on the CPU."""
+        """A copy with every tensor on `device` but what only the host asks: `segments` and `indices`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
@@ -74,7 +74,8 @@ class PackedBatch:
 
     def _map(self, function: Any) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
+        tensors = {name: v for name, v in values.items() if isinstance(v, Tensor) and name != "indices"}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
 def token_key(ids: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,7 +38,7 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
     low = (1 << shift) - 1
     words = [0] * ((budget >> shift) + 1)  # bit r of word w: some bin has w * 2**shift + r tokens free
     summary = 0  # bit w: words[w] is not empty
-    open_bins: list[list[int]] = [[] for _ in range(budget + 1)]  # by free capacity
+    open_bins: dict[int, list[int]] = defaultdict(list)  # by free capacity
     bins: list[list[int]] = []
     order = np.argsort(-sizes, kind="stable").tolist()
     for index, size in zip(order, sizes[order].tolist(), strict=True):

@@ -46,6 +46,7 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
         packing: sequences only; False puts every example in a row of its own.
         group_by_prompt: pairs only; an item is then all pairs of one prompt (which they share once), not one pair,
             and `len()` counts prompts.
+        longer_alone: sequences only; one longer than max_length is a row of its own instead of an error.
 
     An example is a dict of the dataset's columns (integer columns as numpy arrays) and its `index` in the dataset.
     """
@@ -59,6 +60,7 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
         seed: int,
         packing: bool = True,
         group_by_prompt: bool = False,
+        longer_alone: bool = False,
     ):
         self.kind, self.max_length = kind, max_length
         self._rows_are_packed = kind == "sequences" and packing
@@ -66,21 +68,22 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
         self._row_ids: list[str] | None = tokenized["row_id"][:] if "row_id" in tokenized.column_names else None
         self._tokens = example_lengths(tokenized)
         if kind == "sequences":
-            self._items = self._pack(seed) if packing else [[i] for i in range(len(tokenized))]
+            self._items = self._pack(seed, longer_alone) if packing else [[i] for i in range(len(tokenized))]
         else:
             self._items = self._groups() if group_by_prompt else [[i] for i in range(len(tokenized))]
 
-    def _pack(self, seed: int) -> list[list[int]]:
+    def _pack(self, seed: int, longer_alone: bool) -> list[list[int]]:
         if self.max_length is None:
             raise UserError("packing: true needs max_length, the tokens of a packed row; set it, or packing: false")
-        if self._tokens.max(initial=0) > self.max_length:
+        if self._tokens.max(initial=0) > self.max_length and not longer_alone:
             longest = int(self._tokens.argmax())
             raise UserError(
                 f"max_length: row {self._row_ids[longest] if self._row_ids else longest} of {self._tokens[longest]} "
                 f"tokens does not fit a packed row of {self.max_length}; tokenize with this max_length"
             )
         shuffled = np.random.default_rng(seed).permutation(self._tokens.size)
-        bins = best_fit_decreasing(self._tokens[shuffled].tolist(), self.max_length)
+        # A longer one fills a row, as far as the others are concerned.
+        bins = best_fit_decreasing(np.minimum(self._tokens[shuffled], self.max_length).tolist(), self.max_length)
         return [sorted(shuffled[items].tolist()) for items in bins]
 
     def _groups(self) -> list[list[int]]:
@@ -106,12 +109,21 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
         return [int(self._tokens[items].sum()) for items in self._items]
 
     @property
+    def example_lengths(self) -> list[int]:
+        """Tokens of each example."""
+        lengths: list[int] = self._tokens.tolist()
+        return lengths
+
+    @property
     def fill(self) -> float:
-        """Real tokens over `rows * max_length`; 1.0 where rows have no fixed length (pairs, or `packing=False`)."""
+        """Real tokens over `rows * max_length`; 1.0 where rows have no fixed length (pairs, or `packing=False`).
+
+        A row of one longer example is full.
+        """
         if not self._rows_are_packed or not self._items:
             return 1.0
         assert self.max_length is not None
-        return float(self._tokens.sum()) / (len(self._items) * self.max_length)
+        return float(self._tokens.sum()) / sum(max(tokens, self.max_length) for tokens in self.lengths())
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BATCH_BYTES = 2**24  # of rows that are tokenised at a time
 _VERSION = 4  # of the code below: part of the cache key, raise it when the output changes
 IDS = datasets.List(datasets.Value("int32"))
 MASK = datasets.List(datasets.Value("int8"))
@@ -95,15 +96,17 @@ class SequenceTokenizer:
     """Batches of rows to `input_ids` and `loss_mask`; a picklable function for `Dataset.map`.
 
     A row is read as `messages`, else as `prompt` and `completion`, else as `text` (documents end with eos; all tokens
-    are trained). Truncation to `max_length`: keep_start, keep_end, drop (a skip), split (text only). Split pieces after
+    are trained). Truncation to `max_length`, unless states are passed on (`recipe.state_passing`) and nothing has to
+    be cut: keep_start, keep_end, drop (a skip), split (text only). Split pieces after
     the first begin with the last token of the piece before, which is not trained again: so every token of a document
     but its first is a target exactly once.
     """
 
     def __init__(self, tokenizer: Any, recipe: Recipe):
         self.tokenizer, self.rules, self.plain = tokenizer, ChatRules.of(recipe, tokenizer), PlainText(tokenizer)
-        self.max_length, self.truncation = recipe.max_length, recipe.truncation
-        if self.truncation == "split" and self.max_length < 2:
+        self.max_length = recipe.max_length if recipe.state_passing == "off" else None
+        self.truncation = recipe.truncation
+        if self.truncation == "split" and self.max_length is not None and self.max_length < 2:
             raise UserError(f"max_length: {self.max_length} is too small to split documents; a piece needs 2 tokens")
         self.assistant_only = recipe.assistant_only_loss
         self.control = chat.control_text(tokenizer)
@@ -171,7 +174,7 @@ class SequenceTokenizer:
     def _cut(self, row: Row, ids: list[int], mask: list[int], *, is_text: bool) -> list[Row]:
         limit, rows = self.max_length, [row]
         row.columns = {"input_ids": ids, "loss_mask": mask}
-        if len(ids) > limit:
+        if limit is not None and len(ids) > limit:
             if self.truncation == "drop":
                 row.reason, row.lost = "too_long", len(ids)
                 return rows
@@ -261,7 +264,7 @@ def run(
     table = dataset.map(
         function,
         batched=True,
-        batch_size=256,
+        batch_size=_rows_at_a_time(dataset),
         remove_columns=dataset.column_names,
         features=datasets.Features({**columns, "row_id": datasets.Value("string"), **_ACCOUNT}),
         num_proc=workers if workers > 1 else None,
@@ -276,6 +279,12 @@ def run(
     if not len(kept):
         raise UserError(f"none of the {len(dataset)} rows can be used: {data.skips() or 'there are no rows'}")
     return data
+
+
+def _rows_at_a_time(dataset: datasets.Dataset) -> int:
+    """256, or fewer long documents: lists of Python's numbers take ten times the room of the text."""
+    bytes_a_row = dataset.data.nbytes / max(dataset.data.num_rows, 1)
+    return int(max(1, min(256, BATCH_BYTES / max(bytes_a_row, 1))))
 
 
 def _cache_key(function: Any, dataset: datasets.Dataset) -> str:

@@ -9,9 +9,9 @@ them act, in training too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,12 +37,24 @@ CALLED_HEAD_ELEMENTS = 2**24  # logits that exist at a time where the head is ca
 # How other stacks mark a packed row. transformers' Mamba drops these without a word, and its documents leak.
 FOREIGN_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 
+# One layer's (convolution window, scan state), a row for every segment; None where nothing came before.
+LayerState = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass
+class BackboneOutput(MambaOutput):
+    """Adds `final_states`: per layer, what `initial_states` of the tokens that follow are."""
+
+    final_states: tuple[LayerState, ...] | None = None
+
 
 @dataclass
 class CausalLMOutput(MambaCausalLMOutput):
-    """Adds `logps`: fp32 `[M]`, the log-probability of every requested target (then `logits` is None)."""
+    """Adds `logps`: fp32 `[M]`, the log-probability of every requested target (then `logits` is None), and
+    `final_states`, as `BackboneOutput` does."""
 
     logps: Tensor | None = None
+    final_states: tuple[LayerState, ...] | None = None
 
 
 class StepSizeProjection(nn.Linear):
@@ -79,10 +91,10 @@ class StatefulMixer:
 
     fp32_parameters: tuple[str, ...]
 
-    def _read(self: Any, cache_params: Cache | None) -> tuple[Tensor | None, Tensor | None]:
-        """(convolution window, state) of every row of the cache, None where it has none yet."""
+    def _read(self: Any, cache_params: Cache | None, given: LayerState) -> LayerState:
+        """(convolution window, state) of every row of the cache, None where it has none yet; without one, `given`."""
         if cache_params is None or not cache_params.has_previous_state(self.layer_idx):
-            return None, None
+            return given
         layer: Any = cache_params.layers[self.layer_idx]
         return layer.conv_states[0][..., 1:], layer.recurrent_states[0]
 
@@ -107,12 +119,15 @@ class StatefulMixer:
         Under selective recomputation it is dropped.
         """
         silu = self.activation in ("silu", "swish")
-        convolve = partial(
-            causal_conv1d, activation="silu" if silu else None, segments=segments, initial_state=conv_state,
-            joint=joint, twice=True, backend=self.backend,
-        )  # fmt: skip
-        inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias
-        convolved: Any = convolve(*inputs, output_final_state=caching)
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, final: bool = False) -> Any:
+            return causal_conv1d(
+                x, weight, bias, "silu" if silu else None, segments, before, final,
+                joint=joint, twice=True, backend=self.backend,
+            )  # fmt: skip
+
+        inputs = x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state
+        convolved = convolve(*inputs, final=caching)
         pair, window = convolved if caching else (convolved, None)
         recomputation.drop(pair[0], lambda *inputs: convolve(*inputs)[0], *inputs)
         return (pair if silu else (self.act(pair[0]),) * 2), window
@@ -153,14 +168,17 @@ class PackedMixer(StatefulMixer):
         cache_params: Cache | None = None,
         segments: Segments | None = None,
         recomputation: Recomputation | None = None,
+        state: LayerState = (None, None),
+        output_state: bool = False,
         **_: Any,
-    ) -> Tensor:
-        """`[1, T, hidden]` -> `[1, T, hidden]`; with a cache, segment s reads and writes its row s."""
+    ) -> Any:
+        """`[1, T, hidden]` -> `[1, T, hidden]`; with a cache, segment s reads and writes its row s. `output_state`: ->
+        (that, window, state), and they have gradients, as has the `state` given."""
         assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
         recomputation = recomputation or Recomputation(enabled=False)
         delta_bias = self.dt_proj.bias  # taken before the module is called, which may offload it again
-        conv_state, ssm_state = self._read(cache_params)
-        caching = cache_params is not None
+        conv_state, ssm_state = self._read(cache_params, state)
+        caching = output_state or cache_params is not None
         x, z, joint = halves(self.in_proj(hidden_states).squeeze(0))
         (x, again), conv_state = self._convolve(x, conv_state, segments, recomputation, caching, joint)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
@@ -189,7 +207,7 @@ class PackedMixer(StatefulMixer):
         y, ssm_state = scanned if caching else (scanned, None)
         self._write(cache_params, conv_state, ssm_state)
         out: Tensor = self.out_proj(y)[None]
-        return out
+        return (out, conv_state, ssm_state) if output_state else out
 
 
 class MambaMixer(PackedMixer, hf_mamba.MambaMixer):
@@ -203,7 +221,8 @@ class FalconMambaMixer(PackedMixer, hf_falcon.FalconMambaMixer):
 
 
 class PackedBlock:
-    """Pre-norm residual block: (hidden states, residual stream before them) -> the same two for the next block.
+    """Pre-norm residual block: (hidden states, residual stream before them) -> the same two for the next block, and its
+    final window and state if `output_state`. Whatever has a gradient is positional, as reentrant checkpointing asks.
 
     What a mixer returns is added to the stream by the norm that reads the sum: the next block's, or the last one. The
     stream stays fp32 where the config says so, and the norm sees it so.
@@ -222,10 +241,14 @@ class PackedBlock:
         self: Any,
         hidden_states: Tensor,
         residual: Tensor | None = None,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        *,
         cache_params: Cache | None = None,
         segments: Segments | None = None,
+        output_state: bool = False,
         **_: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         device = hidden_states.device.type
         # What the input projection works in; where the norm writes it at once, autocast has nothing left to copy.
         working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
@@ -237,8 +260,11 @@ class PackedBlock:
                 normed, lambda x: self.norm(x, None, working, None)[0], hidden_states if residual is None else total,
                 module=self.norm,
             )  # fmt: skip
-            mixed = self.mixer(normed, cache_params=cache_params, segments=segments, recomputation=recomputation)
-        return mixed, total
+            mixed = self.mixer(
+                normed, cache_params=cache_params, segments=segments, recomputation=recomputation,
+                state=(conv_state, ssm_state), output_state=output_state,
+            )  # fmt: skip
+        return (mixed[0], total, *mixed[1:]) if output_state else (mixed, total)
 
 
 class MambaBlock(PackedBlock, hf_mamba.MambaBlock):
@@ -306,9 +332,15 @@ class PackedModel:
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         segments: Segments | None = None,
+        initial_states: Sequence[LayerState] | None = None,
+        output_final_states: bool = False,
         **others: Any,
-    ) -> tuple[Any, ...] | MambaOutput:
-        """Padded `[B, L]` with an optional mask (either side), or packed `[1, T]` with `segments`. Pads come out 0."""
+    ) -> tuple[Any, ...] | BackboneOutput:
+        """Padded `[B, L]` with an optional mask (either side), or packed `[1, T]` with `segments`. Pads come out 0.
+
+        A packed row may start from `initial_states` (a `LayerState` a layer) and return `final_states`, which gradients
+        flow through.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if segments is None:
@@ -321,6 +353,8 @@ class PackedModel:
                 "segments and a cache do not go together: pass padded rows with an attention_mask to fill or continue "
                 "a cache, or leave use_cache out"
             )
+        if segments is None and (initial_states is not None or output_final_states):
+            raise ValueError("initial_states and output_final_states need segments: there is a state for each of them")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         use_cache = bool(use_cache) and segments is None and not (self.gradient_checkpointing and self.training)
         embeds: Tensor = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -345,19 +379,25 @@ class PackedModel:
             return out.index_copy(0, real, packed[0]).view(rows, length, packed.shape[-1])
 
         collected: list[Tensor] = []
+        finals: list[LayerState] = []
         residual = None
-        for block in self.layers:
+        states: Sequence[Any] = initial_states or [()] * len(self.layers)
+        for block, state in zip(self.layers, states, strict=True):
             if residual is not None and block.gradient_checkpointing and self.training:
                 hidden, residual = hidden + residual, None  # one tensor to keep for the block, not two
-            hidden, residual = block(hidden, residual, cache_params=cache_params, segments=segments)
+            hidden, residual, *final = block(
+                hidden, residual, *state, cache_params=cache_params, segments=segments, output_state=output_final_states
+            )
+            finals += [tuple(final)] if final else []
             if output_hidden_states:
                 collected.append(padded(hidden + residual))
         hidden = padded(self.norm_f(hidden, residual))
         all_hidden = (*collected, hidden) if output_hidden_states else None
         cache = cache_params if use_cache else None
+        final_states = tuple(finals) if output_final_states else None
         if not (self.config.return_dict if return_dict is None else return_dict):
-            return tuple(v for v in (hidden, cache, all_hidden) if v is not None)
-        return MambaOutput(last_hidden_state=hidden, cache_params=cache, hidden_states=all_hidden)
+            return tuple(v for v in (hidden, cache, all_hidden, final_states) if v is not None)
+        return BackboneOutput(hidden, cache, all_hidden, final_states)
 
 
 class MambaModel(PackedModel, hf_mamba.MambaModel):
@@ -424,6 +464,7 @@ class PackedCausalLM:
             target_positions, target_ids: int64 `[M]`: the flat row (into `[B * L]`) whose hidden state predicts, and
                 what. Only these rows meet the head, and no logits are returned.
             targets_summed: only the sum of the log-probs will matter (see `token_logps`).
+            kwargs: `initial_states` and `output_final_states` among others, as the backbone's.
 
         Returns:
             `CausalLMOutput` with `logits` fp32 `[B, L, V]`, or with `logps` fp32 `[M]` where targets are given.
@@ -463,6 +504,7 @@ class PackedCausalLM:
             cache_params=outputs.cache_params,
             hidden_states=outputs.hidden_states,
             logps=logps,
+            final_states=outputs.final_states,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

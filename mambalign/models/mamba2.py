@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2 import modeling_mamba2 as hf_mamba2
 
-from mambalign.models.mamba import FAMILIES, PackedBlock, PackedCausalLM, PackedModel, StatefulMixer
+from mambalign.models.mamba import FAMILIES, LayerState, PackedBlock, PackedCausalLM, PackedModel, StatefulMixer
 from mambalign.models.recompute import Recomputation
 from mambalign.ops import Segments, gated_rms_norm, ssd
 
@@ -72,15 +72,17 @@ class Mamba2Mixer(StatefulMixer, hf_mamba2.Mamba2Mixer):
         cache_params: Cache | None = None,
         segments: Segments | None = None,
         recomputation: Recomputation | None = None,
+        state: LayerState = (None, None),
+        output_state: bool = False,
         **_: Any,
-    ) -> Tensor:
-        """`[1, T, hidden]` -> `[1, T, hidden]`; with a cache, segment s reads and writes its row s."""
+    ) -> Any:
+        """As `PackedMixer.forward`."""
         assert segments is not None and hidden_states.shape[0] == 1, "mixers see packed tokens only"
         recomputation = recomputation or Recomputation(enabled=False)
-        conv_state, ssm_state = self._read(cache_params)
+        conv_state, ssm_state = self._read(cache_params, state)
         projected = self.in_proj(hidden_states).squeeze(0)
         z, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-        caching = cache_params is not None
+        caching = output_state or cache_params is not None
         (xBC, _same), conv_state = self._convolve(xBC, conv_state, segments, recomputation, caching)
         shared = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, shared, shared], dim=-1)
@@ -107,7 +109,7 @@ class Mamba2Mixer(StatefulMixer, hf_mamba2.Mamba2Mixer):
             ungated, y = y, self.norm(y, z)
             recomputation.drop(y, self.norm, ungated, z, module=self.norm)
         out: Tensor = self.out_proj(y)[None]
-        return out
+        return (out, conv_state, ssm_state) if output_state else out
 
 
 class Mamba2Block(PackedBlock, hf_mamba2.Mamba2Block):

@@ -55,11 +55,9 @@ class Crossing:
 def plan(segments: Segments, width: int, device: torch.device) -> Plan:
     key = ("cuda conv", width, str(device))
     if key not in segments._plans:
-        starts = segments.cu_seqlens[:-1]
-        before = segments.windows(width)
         nonempty = segments.lengths > 0
         first = torch.full((segments.num_segments, width), -1)
-        first[nonempty] = before[starts[nonempty]]
+        first[nonempty] = segments.windows_at(segments.cu_seqlens[:-1][nonempty], width)
         last = segments.final_windows(width)
         segments._plans[key] = Plan(
             send(_runs(segments), device),

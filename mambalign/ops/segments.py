@@ -122,6 +122,10 @@ class Segments:
         """
         return self._step_back(self._previous, width)
 
+    def windows_at(self, tokens: Tensor, width: int) -> Tensor:
+        """int64 `[len(tokens), width]`: the rows of `windows` of these tokens, without making the others."""
+        return self._step_back(self._previous[tokens], width)
+
     def final_windows(self, width: int) -> Tensor:
         """int64 `[S, width]`: the last `width` inputs along the path ending with segment s; entries as in `windows`."""
         return self._step_back(self.last_token, width)

@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
 from mambalign.recipe.legacy import rename_keys
 from mambalign.recipe.splits import entry_splits, is_test_split
-from mambalign.recipe.values import UserError, coerce, parse_yaml, read_recipe_map, seconds, set_nested, split_overrides
+from mambalign.recipe.values import UserError, apply_override, coerce, read_recipe_map, seconds, split_overrides
 
 logger = logging.getLogger("mambalign")
 
@@ -150,6 +150,14 @@ class Recipe:
     max_tokens_per_device: int | None = _key(
         None, "data", "Split a device batch into micro-batches of at most this many tokens; the update stays the same."
     )
+    state_passing: Literal["off", "exact", "truncated"] = _key(
+        "off",
+        "data",
+        "cpt, sft: examples longer than max_length are not cut (whatever truncation says) but computed in chunks that "
+        "hand on their state. exact: the gradients of the whole, for a second forward pass; truncated: they end at a "
+        "chunk's edge.",
+    )
+    state_passing_chunk: int = _key(8192, "data", "state_passing: tokens of a chunk, so of one forward pass.")
 
     loss_type: LossType = _key(
         "sigmoid",
@@ -366,6 +374,11 @@ class Recipe:
                 f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}): "
                 "the completion needs room"
             )
+        if pairs and self.state_passing != "off":
+            raise UserError(
+                f"state_passing: {self.state_passing} is for cpt and sft, not for pairs, which fork from their prompt; "
+                "set it to off, and bound memory by max_tokens_per_device or gradient_checkpointing"
+            )
         if pairs and self.truncation == "split":
             raise UserError("truncation: split cuts plain text; a preference pair can be keep_start, keep_end or drop")
         self._require_objective(stage)
@@ -467,6 +480,7 @@ def _check_values(recipe: Recipe) -> None:
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
         "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "reference_batch_tokens", "lora_r",
         "lora_alpha", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "save_minutes",
+        "state_passing_chunk",
     )  # fmt: skip
     for key in positive:
         value = getattr(recipe, key)
@@ -494,6 +508,10 @@ def _check_values(recipe: Recipe) -> None:
         refuse("warmup_ratio", f"warmup_steps ({recipe.warmup_steps:g}) is given too; keep one of them")
     if recipe.max_steps == 0 or recipe.max_steps < -1:
         refuse("max_steps", "it is a number of steps, or -1 to let num_train_epochs decide")
+    if recipe.state_passing != "off" and recipe.max_tokens_per_device:
+        refuse("max_tokens_per_device", "with state_passing, state_passing_chunk is the bound; leave this out")
+    if recipe.state_passing != "off" and recipe.deepspeed:
+        refuse("state_passing", "it does not go together with deepspeed; shard by fsdp: full_shard, or set it to off")
     if recipe.bf16 and recipe.fp16:
         refuse("fp16", "bf16 is on too; keep bf16")
     if recipe.load_in_4bit and recipe.load_in_8bit:
@@ -540,38 +558,6 @@ def key_default(item: Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
-def _apply_override(values: dict[str, Any], name: str, words: list[str] | None) -> None:
-    key, dot, path = name.partition(".")
-    types = key_types()
-    if dot:
-        target = values.get(key) or {}
-        if not isinstance(target, dict) or (key in types and not _is_map(types[key])):
-            raise UserError(f"--{name}: {key} is not a map that could hold {path!r}")
-        text = " ".join(words or ["true"])
-        target = dict(target)
-        set_nested(target, path, parse_yaml(text, f"--{name}"), key)
-        values[key] = target
-        return
-    if words is None and types.get(key, bool) not in (bool, bool | None):
-        raise UserError(f"--{name} needs a value: {key_help(key)}")
-    value: Any = words or ["true"]
-    values[key] = value[0] if len(value) == 1 else value
-    if len(value) > 1 and key in types and not _is_list(types[key]):
-        raise UserError(f"--{name} takes one value, not {len(value)}: {' '.join(value)!r}")
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return (annotation, *get_args(annotation))
-
-
-def _is_map(annotation: Any) -> bool:
-    return any(get_origin(a) is dict for a in _members(annotation))
-
-
-def _is_list(annotation: Any) -> bool:
-    return any(get_origin(a) is list for a in _members(annotation))
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
     """Read a recipe, put `--key value` overrides over it, check it.
 
@@ -589,7 +575,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
         key = name.partition(".")[0]
         if "." in name and key not in extra and key in values:
             extra[key] = values[key]
-        _apply_override(extra, name, words)
+        apply_override(extra, name, words, key_types(), key_help)
     extra, more = rename_keys(extra, key_types())
     recipe = Recipe.from_dict(values | extra, stage=stage)
     recipe.notes = list(dict.fromkeys(notes + more))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -223,8 +223,8 @@ def _to_dict(value: Any) -> dict[str, Any]:
 
 
 def _to_choice(value: Any, choices: tuple[Any, ...]) -> Any:
-    if value is False and "no" in choices:  # YAML 1.1 reads a bare `no` as false
-        return "no"
+    if value is False:  # YAML 1.1 reads a bare `no` or `off` as false
+        value = next((word for word in ("no", "off") if word in choices), value)
     if isinstance(value, str) and value in choices:
         return value
     raise ValueError
@@ -265,6 +265,33 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
         literals = [a for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal]
         hint = nearest(str(value), [str(c) for a in literals for c in get_args(a)])
         raise UserError(f"{key} must be {type_name(annotation)}, not {_describe(value)}{hint}") from error
+
+
+def takes(annotation: Any, kind: type) -> bool:
+    """Whether a key of this type may be a `kind`, which is dict or list."""
+    return any(get_origin(option) is kind for option in (annotation, *get_args(annotation)))
+
+
+def apply_override(
+    values: dict[str, Any], name: str, words: list[str] | None, types: Mapping[str, Any], key_help: Callable[[str], str]
+) -> None:
+    """Put `--name words` of a command line into a map of keys, which have these types and help texts."""
+    key, dot, path = name.partition(".")
+    if dot:
+        target = values.get(key) or {}
+        if not isinstance(target, dict) or (key in types and not takes(types[key], dict)):
+            raise UserError(f"--{name}: {key} is not a map that could hold {path!r}")
+        text = " ".join(words or ["true"])
+        target = dict(target)
+        set_nested(target, path, parse_yaml(text, f"--{name}"), key)
+        values[key] = target
+        return
+    if words is None and types.get(key, bool) not in (bool, bool | None):
+        raise UserError(f"--{name} needs a value: {key_help(key)}")
+    value: Any = words or ["true"]
+    values[key] = value[0] if len(value) == 1 else value
+    if len(value) > 1 and key in types and not takes(types[key], list):
+        raise UserError(f"--{name} takes one value, not {len(value)}: {' '.join(value)!r}")
 
 
 def seconds(key: str, text: str) -> float:

@@ -25,9 +25,9 @@ from transformers.utils import logging as hf_logging
 
 from mambalign.data.packing import Collator, PackedRows
 from mambalign.recipe import UserError
+from mambalign.train.asking import target_logps
 from mambalign.train.objectives import sequence_sums
 from mambalign.train.preemption import Preemption
-from mambalign.train.trainer import target_logps
 
 logger = logging.getLogger("mambalign")
 
@@ -116,7 +116,7 @@ def _compute(
         with autocast():
             logps = target_logps(model, batch)
         sums, _ = sequence_sums(logps, batch.target_sequence, batch.num_sequences)
-        part[batch.indices.cpu() - indices.start] = sums[batch.pairs].float().cpu()
+        part[batch.indices - indices.start] = sums[batch.pairs].float().cpu()
     return part
 
 

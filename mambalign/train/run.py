@@ -41,6 +41,7 @@ from mambalign.recipe import PAIR_STAGES, Recipe, UserError, nearest, seconds
 from mambalign.support import write_json, write_text
 from mambalign.train import card, checkpoint, curves, sharding
 from mambalign.train.callbacks import METRICS, read_metrics
+from mambalign.train.long_context import StatePassing, StatePassingTrainer, describe
 from mambalign.train.objectives import PreferenceOptions
 from mambalign.train.preemption import Preempted, Preemption
 from mambalign.train.reference import cache_key, reference_logps, weights_fingerprint
@@ -146,7 +147,7 @@ def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments, pr
     rows = {name: _rows(recipe, data, kind) for name, data in (("train", train), ("eval", evaluation)) if data}
     _check_batches(len(rows["train"]), args)
     with _as_user_error("transformers.Trainer"):
-        trainer = PackedTrainer(
+        trainer = (StatePassingTrainer if isinstance(objective, StatePassing) else PackedTrainer)(
             model=model,
             args=args,
             objective=objective,
@@ -259,6 +260,8 @@ def _changed_keys(earlier: Recipe, now: Recipe) -> list[str]:
     from mambalign.recipe import key_groups
 
     free = FREE_KEYS | {item.name for group in FREE_GROUPS for item in key_groups()[group]} | {"output_dir"}
+    if now.state_passing == earlier.state_passing == "exact":
+        free |= {"state_passing_chunk"}  # the gradients are the same, whatever it is
     before, after = earlier.to_dict(), now.to_dict()
     return [
         f"{key} ({before[key]!r}, now {after[key]!r})" for key in after if key not in free and before[key] != after[key]
@@ -384,6 +387,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         values["greater_is_better"] = False  # transformers would take the largest of all but losses
     if not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False  # nothing to pin for: every run would warn of it
+    elif recipe.dataloader_pin_memory:
+        values["accelerator_config"] = {"non_blocking": True}  # else each batch waits for the step before it
     sharding.wanted(recipe, processes=1)
     if recipe.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -511,6 +516,7 @@ def _rows(recipe: Recipe, data: TokenizedData, kind: Any) -> PackedRows:
         seed=recipe.seed,
         packing=recipe.packing,
         group_by_prompt=recipe.group_by_prompt,
+        longer_alone=recipe.state_passing != "off",
     )
 
 
@@ -518,7 +524,8 @@ def _objective(stage: str, recipe: Recipe) -> Objective:
     if stage == "reward":
         return RewardObjective(recipe.center_rewards_coefficient)
     if stage != "dpo":
-        return SequenceObjective()
+        mode = recipe.state_passing
+        return SequenceObjective() if mode == "off" else StatePassing(mode == "exact", recipe.state_passing_chunk)
     options = PreferenceOptions(
         recipe.loss_type, recipe.beta, recipe.label_smoothing, recipe.simpo_gamma, recipe.rpo_alpha
     )
@@ -582,6 +589,8 @@ def _say_plan(trainer: PackedTrainer, rows: dict[str, PackedRows], recipe: Recip
         stage, len(train), what, count, args.train_batch_size, args.gradient_accumulation_steps, args.world_size,
         f"{sum(train.lengths()):,}",
     )  # fmt: skip
+    if recipe.state_passing != "off":
+        logger.info("state_passing: %s", describe(recipe, train.example_lengths))
     if trainer.adapters is not None:
         logger.info("adapters:\n%s", trainer.adapters.table())
     if recipe.loss_type == "kto" and recipe.max_tokens_per_device and stage == "dpo":

@@ -26,10 +26,13 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from mambalign.data.packing import Collator, EpochSampler, PackedBatch, PackedRows
 from mambalign.models import files
+from mambalign.ops.backends import send
 from mambalign.support import write_json
 from mambalign.train import checkpoint as checkpoints
 from mambalign.train import sharding
+from mambalign.train.asking import sequence_rewards, target_logps
 from mambalign.train.callbacks import AdapterAudit, MetricsFile, Milestones
+from mambalign.train.finite import FiniteWatch, NonFiniteLossError
 from mambalign.train.objectives import (
     Completions,
     PreferenceOptions,
@@ -51,13 +54,6 @@ logger = logging.getLogger("mambalign")
 ACCUMULATORS = "accumulators.json"
 
 
-class NonFiniteLossError(RuntimeError):
-    """Loss, gradient or weights became NaN or infinite; the message names the step and the rows, and says what to try.
-
-    No checkpoint of such weights is ever published.
-    """
-
-
 class Objective(Protocol):
     """What to ask the model about a batch, and what to make of the answer."""
 
@@ -73,27 +69,6 @@ class Objective(Protocol):
 
     def __call__(self, answer: Tensor, /, batch: PackedBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss summed over the items, sums of the metrics). `split` says which dataset `batch.indices` index."""
-
-
-def target_logps(model: nn.Module, batch: PackedBatch, summed: bool = False) -> Tensor:
-    """fp32 `[M]` log-probs of the batch's targets: the one place where training meets a language model."""
-    output = model(
-        input_ids=batch.input_ids[None],
-        segments=batch.segments,
-        target_positions=batch.target_positions,
-        target_ids=batch.target_ids,
-        targets_summed=summed,
-        use_cache=False,
-    )
-    logps: Tensor = output.logps
-    return logps
-
-
-def sequence_rewards(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """fp32 `[K]` rewards of the batch's sequences: the one place where training meets a reward model."""
-    output = model(input_ids=batch.input_ids[None], segments=batch.segments, positions=batch.last_positions)
-    rewards: Tensor = output.logits[:, 0]
-    return rewards
 
 
 class SequenceObjective:
@@ -134,7 +109,7 @@ class PreferenceObjective:
         for side, k in enumerate(batch.pairs.unbind(1)):
             reference = None
             if self.options.needs_reference:
-                reference = self.reference[split][batch.indices.cpu(), side].to(sums)
+                reference = send(self.reference[split][batch.indices, side], sums.device).to(sums)
             sides.append(Completions(sums.index_select(0, k), lengths.index_select(0, k), reference))
         chosen, rejected = sides
         losses = preference_loss(chosen, rejected, self.options)
@@ -213,6 +188,7 @@ class PackedTrainer(Trainer):
             callbacks=[self._metrics_file, self.milestones] + ([AdapterAudit()] if adapters else []),
         )
         self.model_accepts_loss_kwargs = True  # our loss is already normalised over the whole step
+        self._finite = FiniteWatch()
         self._sums: dict[str, float | Tensor] = {}
         self._totals = {"items": 0, "tokens": 0, "tokens_seen": 0, "prompt_tokens_saved": 0}
         self._clock: float | None = None  # set by the first step: loading is not training
@@ -233,17 +209,22 @@ class PackedTrainer(Trainer):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         total = torch.zeros((), device=self.args.device)
-        passes = self._passes(max(len(inputs), 1))
+        parts = self._parts(model, inputs)
+        passes = self._passes(max(len(parts), 1))
         for number in range(passes):
             # DDP decides in the forward pass whether the backward pass will exchange gradients.
             with nullcontext() if number == passes - 1 else self.accelerator.no_sync(model):
-                if number < len(inputs):
-                    batch = inputs[number].to(self.args.device)
+                if number < len(parts):
+                    batch = parts[number].to(self.args.device, non_blocking=True)
                     total += self._forward_backward(model, batch, num_items_in_batch)
                 else:  # no rows left for this process, and the others wait for its gradients: zeros
                     answer = self.objective.ask(model, placeholder().to(self.args.device))
                     self.accelerator.backward(0.0 * answer.sum())
         return total
+
+    def _parts(self, model: nn.Module, batches: Sequence[PackedBatch]) -> Sequence[Any]:
+        """What goes through the model at once, in this order; each becomes a `PackedBatch` by `to(device)`."""
+        return batches
 
     def _passes(self, mine: int) -> int:
         """Forward passes of this round: in each, shards are exchanged, so all processes must take as many."""
@@ -254,13 +235,14 @@ class PackedTrainer(Trainer):
             loss, sums = self.objective(self.objective.ask(model, batch), batch, "train")
         # DDP averages gradients over processes; the count is over all of them, so put the sum back.
         loss = loss * self.accelerator.num_processes / num_items
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteLossError(
-                self._advice(f"loss is {float(loss.detach())}", self.state.global_step + 1, batch.indices.tolist())
-            )
-        self.accelerator.backward(loss)
+        step, rows = self.state.global_step + 1, batch.indices.tolist()
+        self._finite.watch(loss, lambda value: self._advice(f"loss is {value}", step, rows))
+        self._backward(loss, batch)
         self._count(batch, sums)
         return loss.detach()
+
+    def _backward(self, loss: Tensor, batch: PackedBatch) -> None:
+        self.accelerator.backward(loss)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Of the whole step, right before the optimizer uses it."""
@@ -268,13 +250,16 @@ class PackedTrainer(Trainer):
         self._indices = []
         norm = None if norm is None else sharding.whole_tensor(norm)
         # fp16's loss scaling expects overflows: it skips the step and lowers the scale.
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+        if norm is not None and self.accelerator.scaler is None:
             step = self.state.global_step + 1
-            raise NonFiniteLossError(self._advice(f"the gradient's norm is {float(norm)}", step, indices))
+            self._finite.watch(
+                torch.as_tensor(norm), lambda value: self._advice(f"the gradient's norm is {value}", step, indices)
+            )
         return norm
 
     def check_weights(self) -> None:
         """Raises `NonFiniteLossError` if one is not finite: in 16 bits an optimizer overflows on finite gradients."""
+        self._finite.settle()
         # What is frozen cannot have changed, and packed 4-bit numbers may look like anything.
         trained = ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
         broken = (name for name, value in trained if not bool(torch.isfinite(sharding.local_part(value)).all()))
@@ -298,7 +283,7 @@ class PackedTrainer(Trainer):
         self._totals["prompt_tokens_saved"] += batch.num_prompt_tokens_saved
 
     def _advice(self, what: str, step: int, indices: list[int]) -> str:
-        rows = [self.row_ids[i] if self.row_ids else str(i) for i in indices]
+        rows = [self.row_ids[i] if self.row_ids else str(i) for i in dict.fromkeys(indices)]
         shown = ", ".join(rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
         read = f"; rows of the batch: {shown}" if rows else ""
         return (
@@ -363,6 +348,8 @@ class PackedTrainer(Trainer):
         closing = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
         if closing and not self.milestones.epoch_ended:
             return
+        if self.control.should_log or self.control.should_evaluate:
+            self._finite.settle()
         stop, save = self.preemption.step_ends()
         evaluate, planned = self.control.should_evaluate, self.control.should_save
         self.control.should_save = planned or save or stop
@@ -403,13 +390,14 @@ class PackedTrainer(Trainer):
         items, started = 0, time.perf_counter()
         for batches in held_while_reading(loader):
             self.preemption.check("evaluating")
-            for _ in range(len(batches), self._passes(len(batches))):
+            parts = self._parts(model, batches)
+            for _ in range(len(parts), self._passes(len(parts))):
                 self.objective.ask(model, placeholder().to(self.args.device))
-            for batch in batches:
-                batch = batch.to(self.args.device)
+            for part in parts:
+                batch = part.to(self.args.device, non_blocking=True)
                 with self.compute_loss_context_manager():
-                    _, part = self.objective(self.objective.ask(model, batch), batch, "eval")
-                for name, value in part.items():
+                    _, measured = self.objective(self.objective.ask(model, batch), batch, "eval")
+                for name, value in measured.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
                 items += self.objective.items(batch)
             self.control: Any = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -290,7 +290,7 @@ def test_our_own_mistakes_are_caught() -> None:
 def test_moving_a_batch() -> None:
     batch = collate_sequences([dict(input_ids=[1, 2, 3], loss_mask=[0, 1, 1], index=0)])
     moved = batch.to("meta", non_blocking=True)
-    assert moved.input_ids.is_meta and moved.target_ids.is_meta and moved.indices.is_meta
+    assert moved.input_ids.is_meta and moved.target_ids.is_meta and not moved.indices.is_meta
     assert moved.segments is batch.segments and moved.pairs is None and moved.num_sequences == 1
     assert not batch.input_ids.is_meta
 

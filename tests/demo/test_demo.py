@@ -199,7 +199,7 @@ def test_the_readmes_examples_run_after_the_demo(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("demo-run").symlink_to(finished)
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    blocks = re.findall(r"```(python|bash)[^\n]*\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
     for block in (text for language, text in blocks if language == "python"):
         exec(compile(block, "README.md", "exec"), {})
     lines = [line for language, text in blocks if language == "bash" for line in text.splitlines()]

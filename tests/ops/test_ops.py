@@ -435,6 +435,7 @@ def test_windows_and_predecessors() -> None:
     segments = Segments.from_lengths([2, 1, 0, 2], [-1, 0, 1, 2])
     assert segments.predecessor().tolist() == [-1, 0, 1, 2, 3]
     assert segments.windows(3)[3].tolist() == [0, 1, 2]
+    assert torch.equal(segments.windows_at(torch.tensor([3, 0]), 3), segments.windows(3)[[3, 0]])
     assert segments.windows(3)[0].tolist() == [-1, -2, -3]  # rows 0, 1, 2 of the initial windows, oldest first
     assert segments.final_windows(3)[2].tolist() == [0, 1, 2]
     assert segments.levels == [[0], [1], [2], [3]]

@@ -18,9 +18,10 @@ from mambalign.models import MambaForCausalLM
 from mambalign.models.checkpoint import load_model
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import Recipe, UserError
+from mambalign.train.asking import sequence_rewards
 from mambalign.train.objectives import bradley_terry_loss, reward_metrics
 from mambalign.train.run import run
-from mambalign.train.trainer import RewardObjective, sequence_rewards
+from mambalign.train.trainer import RewardObjective
 from tests.train.conftest import byte_tokenizer, preferences, write_jsonl
 
 Make = Callable[..., Recipe]

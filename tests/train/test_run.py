@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 
 from mambalign.recipe import Recipe, UserError
 from mambalign.train import checkpoint
+from mambalign.train.finite import NonFiniteLossError
 from mambalign.train.run import run, training_arguments
-from mambalign.train.trainer import NonFiniteLossError, PackedTrainer
+from mambalign.train.trainer import PackedTrainer
 from tests.train.conftest import history, killed_run, write_jsonl
 
 Make = Callable[..., Recipe]

@@ -17,8 +17,9 @@ import datasets  # noqa: E402
 from mambalign.data.chat import encode_messages, encode_prompt  # noqa: E402
 from mambalign.data.packing import collate_pairs, collate_sequences  # noqa: E402
 from mambalign.models import MambaForCausalLM  # noqa: E402
+from mambalign.train.asking import target_logps  # noqa: E402
 from mambalign.train.objectives import PreferenceOptions, sequence_sums  # noqa: E402
-from mambalign.train.trainer import PreferenceObjective, SequenceObjective, target_logps  # noqa: E402
+from mambalign.train.trainer import PreferenceObjective, SequenceObjective  # noqa: E402
 from tests.train.conftest import byte_tokenizer, conversations, preferences  # noqa: E402
 
 PAIRS = preferences(6, seed=5)

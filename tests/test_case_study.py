@@ -1,0 +1,268 @@
+"""The case study: recipes, ways of computing a step (one equal to ours, one that leaks), statistics, tables, page."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import math
+import runpy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mambalign.cli.cluster import load_pipeline
+from mambalign.data.batches import collate_sequences
+from mambalign.models.mamba import MambaForCausalLM
+from mambalign.recipe import load_recipe
+from mambalign.train import run as run_module
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes" / "case-study"
+RESULTS = ROOT / "benchmarks" / "results" / "case_study.json"
+PAGE = ROOT / "docs" / "case-study.md"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script("case_study_ways", monkeypatch)
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script("case_study_report", monkeypatch)
+
+
+def tiny_model() -> MambaForCausalLM:
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
+    return MambaForCausalLM(config).eval()
+
+
+def sequences(*lengths: int) -> list[dict[str, Any]]:
+    made = np.random.default_rng(0)
+    return [
+        {"input_ids": made.integers(64, size=n), "loss_mask": np.ones(n, np.int64), "index": i}
+        for i, n in enumerate(lengths)
+    ]
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    made = np.random.default_rng(1)
+    found = []
+    for index in range(count):
+        pair: dict[str, Any] = {"prompt_ids": made.integers(64, size=2 + index), "index": index}
+        for side, length in (("chosen", 5 + index), ("rejected", 4)):
+            pair |= {f"{side}_ids": made.integers(64, size=length), f"{side}_mask": np.ones(length, np.int64)}
+        found.append(pair)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def test_the_recipes_are_a_chain_and_simpo_changes_the_objective_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # a pipeline's recipes are relative to the working directory
+    pipeline = load_pipeline(RECIPES / "pipeline.yaml")
+    assert [stage.name for stage in pipeline.stages] == ["new", "cpt", "sft", "dpo", "simpo"]
+    recipes = {name: load_recipe(RECIPES / f"{name}.yaml") for name in ("cpt", "sft", "dpo", "simpo")}
+    starts = script("case_study", monkeypatch).STARTS
+    for name, recipe in recipes.items():
+        assert recipe.notes == [] and recipe.test_splits
+        assert recipe.model_name_or_path == pipeline.stage(starts[name]).output_dir
+        assert recipe.output_dir == pipeline.stage(name).output_dir
+    dpo, simpo = recipes["dpo"].to_dict(), recipes["simpo"].to_dict()
+    assert {key for key in dpo if dpo[key] != simpo[key]} == {"loss_type", "beta", "simpo_gamma", "output_dir"}
+
+
+def test_no_recipe_key_pads_or_leaks() -> None:
+    keys = load_recipe(RECIPES / "sft.yaml").to_dict()
+    assert not [key for key in keys if "leak" in key or "padding" in key]
+
+
+# --------------------------------------------------------------------------------------------------------------- ways
+
+
+def test_leaky_rows_change_the_second_document_and_not_the_first(ways: ModuleType) -> None:
+    model, batch = tiny_model(), collate_sequences(sequences(9, 7, 5))
+    leaking = ways.leaky(batch, [2, 1])  # the third document has a row of its own
+    assert leaking.segments.lengths.tolist() == [16, 5]
+    with torch.no_grad():
+        right, wrong = (model(b.input_ids[None], segments=b.segments).logits[0] for b in (batch, leaking))
+    torch.testing.assert_close(wrong[:9], right[:9])
+    torch.testing.assert_close(wrong[16:], right[16:])
+    assert (wrong[9:16] - right[9:16]).abs().max() > 0.1
+    with pytest.raises(AssertionError):
+        ways.leaky(batch, [2])
+
+
+@pytest.mark.parametrize("kind", ["sequences", "pairs"])
+def test_padded_is_packed_and_leaky_is_not(ways: ModuleType, kind: str) -> None:
+    examples = sequences(*range(3, 40, 2)) if kind == "sequences" else pairs(18)
+    assert len(examples) > ways.ROWS, "several padded passes"
+    rows = [examples[start : start + 3] for start in range(0, len(examples), 3)]
+    if kind == "pairs":
+        rows = [[pair] for pair in examples]
+    facts = ways.exactness(tiny_model(), rows, kind, len(rows))
+    assert facts["sequences"] == len(examples) * (2 if kind == "pairs" else 1)
+    assert facts["loss_difference"] < 1e-5 and facts["gradient_error"] < 1e-5
+    if kind == "sequences":
+        assert facts["leaky_loss_difference"] > 1e-3 and facts["leaky_gradient_error"] > 1e-2
+
+
+def test_held_out_log_probs_are_each_documents_own(ways: ModuleType) -> None:
+    model, examples = tiny_model(), sequences(6, 11, 4, 9)
+    alone = ways.document_logps(model, [[example] for example in examples], False)
+    packed = ways.document_logps(model, [examples[2:], examples[:2]], False)  # rows in any order
+    assert alone["tokens"] == packed["tokens"] == [5, 10, 3, 8]
+    assert alone["logps"] == pytest.approx(packed["logps"], abs=2e-3)
+    leaking = ways.document_logps(model, [examples[:2], examples[2:]], False, leak=True)
+    assert leaking["logps"][::2] == pytest.approx(alone["logps"][::2], abs=2e-3)
+    assert min(abs(a - b) for a, b in zip(leaking["logps"][1::2], alone["logps"][1::2], strict=True)) > 1e-2
+    both = ways.pair_logps(model, [[pair] for pair in pairs(3)], False)
+    assert both["tokens"] == [[5.0, 4.0], [6.0, 4.0], [7.0, 4.0]]
+
+
+def test_a_run_in_another_way_is_the_run(ways: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same losses padded, others when states leak; a bound ends it early; afterwards all is as before."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "recipes" / "tiny" / "prepare.py"))["main"](Path("data/tiny"))
+    curve = script("case_study", monkeypatch).curve
+    before = run_module.PackedTrainer, run_module.Collator
+    losses = {}
+    bounds = {"packed": None, "padded": None, "sorted": 0.0, "leaky": 0.0}
+    for way, bound in bounds.items():
+        overrides = ["--output_dir", way, "--max_steps", "4", "--logging_steps", "1", "--report_to", "none"]
+        overrides += ["--eval_strategy", "no", "--save_strategy", "no"]
+        recipe = load_recipe(ROOT / "recipes/tiny/sft/config_full.yaml", overrides, stage="sft")
+        with ways.in_place(way, bound) as facts:
+            run_module.run("sft", recipe)
+        losses[way] = [line["loss"] for line in curve(Path(way))["train"]]
+        assert (facts["steps"], facts["max_steps"]) == (4 if bound is None else 1, 4)
+        assert facts["training_s"] > 0 and bool(facts["padded_positions"]) is (way in ("padded", "sorted"))
+    assert len(losses["packed"]) == 4 and losses["padded"] == pytest.approx(losses["packed"], rel=1e-5)
+    assert losses["sorted"] == pytest.approx(losses["packed"][:1], rel=1e-5)
+    assert losses["leaky"][0] != pytest.approx(losses["packed"][0], rel=1e-6)
+    assert (run_module.PackedTrainer, run_module.Collator) == before
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_strata_hold_every_pair_once(report: ModuleType) -> None:
+    lengths = np.array([-400.0, -50, -49, 0, 1, 50, 51, 300, 301])
+    margins = np.array([-1.0, 1, 1, -1, 1, 1, 1, 1, 2])
+    rows = report.strata(lengths, margins)
+    assert [row["right"].total for row in rows] == [2, 2, 2, 1, 1, 1]
+    assert [row["right"].hits for row in rows] == [1, 1, 2, 1, 1, 1]
+    assert rows[0]["margin"].mean == 0.0 and rows[-1]["margin"].mean == 2.0
+    empty = report.strata(lengths[:2], margins[:2])[-1]
+    assert empty["right"].total == 0 and math.isnan(empty["margin"].mean)
+
+
+def test_margins_are_the_rewards_of_their_papers(report: ModuleType) -> None:
+    found = {
+        "sft": {"logps": [[-10.0, -6.0]], "tokens": [[5.0, 2.0]]},
+        "dpo": {"logps": [[-8.0, -7.0]], "tokens": [[5.0, 2.0]]},
+    }
+    assert report.margins(found, "dpo", reference="sft", average=False, beta=0.1) == pytest.approx([0.3])
+    assert report.margins(found, "dpo", reference="sft", average=True) == pytest.approx([2 / 5 + 1 / 2])
+    assert report.margins(found, "dpo", reference=None, average=True, beta=2.0) == pytest.approx([2 * (-1.6 + 3.5)])
+    assert report.length_differences(found).tolist() == [3.0]
+
+
+def test_a_loss_is_by_token_and_its_interval_by_document(report: ModuleType) -> None:
+    documents = {"logps": [-10.0, -1.0], "tokens": [5, 1]}
+    value, low, high = report.mean_loss(documents)
+    assert value == pytest.approx(11 / 6) and (low, high) == (1.0, 2.0)  # one document drawn twice, at worst
+    worse = {"logps": [-16.0, -1.0], "tokens": [5, 1]}
+    assert report.loss_difference(documents, worse)[0] == pytest.approx(1.0)
+    many = {"logps": [-2.0, -4.0] * 200, "tokens": [1, 1] * 200}
+    value, low, high = report.mean_loss(many)
+    assert low < value < high and (high - low) / 3.92 == pytest.approx(1 / math.sqrt(400), rel=0.1)
+
+
+def test_rank_correlation(report: ModuleType) -> None:
+    assert report.rank_correlation(np.array([1.0, 2, 9]), np.array([3.0, 4, 5])) == pytest.approx(1.0)
+    assert report.rank_correlation(np.array([1.0, 1, 2]), np.array([1.0, 2, 3])) == pytest.approx(math.sqrt(3) / 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def made_up() -> dict[str, Any]:
+    """Results of every stage in the form of the JSON; none of the numbers was measured."""
+    random = np.random.default_rng(0)
+    line = {"loss": 3.0, "train_s": 1.0}
+    train = [line | {"step": step, "num_tokens": 500 * step, "train_s": float(step)} for step in (1, 2, 3)]
+    stage = {
+        "way": "packed", "steps": 3, "max_steps": 6, "batch": 4, "training_s": 3.0, "before_training_s": 1.0,
+        "padded_positions": None, "peak_gib": 2.0, "utilisation": 50.0, "metrics": {"eval_loss": 2.5},
+        "curve": {"train": train, "eval": [{"step": 3, "eval_loss": 2.5, "num_tokens": 1500, "train_s": 3.0}]},
+    }  # fmt: skip
+    slow = copy.deepcopy(stage) | {"way": "padded", "padded_positions": 6000}
+    for line in slow["curve"]["train"]:
+        line["train_s"] *= 4
+    documents = {"logps": random.normal(-20, 3, 12).tolist(), "tokens": [10] * 12}
+    tokens = random.integers(5, 200, (40, 2)).astype(float).tolist()
+    both = {
+        name: {"logps": random.normal(-50, 9, (40, 2)).tolist(), "tokens": tokens} for name in ("sft", "dpo", "simpo")
+    }
+    names = ("cpt", "sft", "dpo", "simpo")
+    facts = {"sequences": 4, "loss_difference": 1e-7, "gradient_error": 1e-7}
+    leaks = facts | {"leaky_loss_difference": 0.1, "leaky_gradient_error": 0.2}
+    answers = {name: {"shown": ["a ``b``\n"], "lengths": [3, 5], "stopped": [True, False]} for name in names}
+    prompts = [{"source": "here", "messages": [{"role": "user", "content": "Say\nb"}]}]
+    stages: dict[str, Any] = {name: stage for name in names}
+    stages |= {f"{name}-padded": slow for name in names[:3]}
+    stages["exactness"] = {"sft": leaks, "dpo": facts}
+    held_out = {data: {name: documents for name in ("new", *names)} for data in ("text", "sft")}
+    stages["held-out"] = held_out | {"pairs": both, "betas": {"dpo": 0.1, "simpo": 2.0}}
+    stages["answers"] = {"prompts": prompts, **answers}
+    worse = documents | {"logps": [value - 1 for value in documents["logps"]]}
+    for seed in (1, 2):
+        stages[f"leak-packed-{seed}"] = {"alone": documents, "leaking": worse}
+        stages[f"leak-leaky-{seed}"] = {"alone": worse, "leaking": documents}
+    versions = {"date": "today", "card": "CARD", "torch": "2", "transformers": "5"}
+    settings = {"tiny": False, "size": [512, 10], "seeds": [1, 2], "padded_seconds": 60.0}
+    return {"benchmark": "case_study", "environment": versions, "settings": settings, "stages": stages}
+
+
+def test_tables_and_plot_come_from_the_json_alone(report: ModuleType, tmp_path: Path) -> None:
+    results = json.loads(json.dumps(made_up()))
+    tables = {name: table(results) for name, table in report.TABLES.items()}
+    assert "| SFT, padded | 3 of 6 | 0.0 M | 75% |" in tables["runs"] and "500 tokens/s" in tables["runs"]
+    assert "| SFT, padded | 3 | 3.000 to 3.000 | 0.0e+00 | 0.0e+00 | 4.0x |" in tables["agreement"]
+    assert "Leaky minus leak-free, read alone: 0.1000 ± 0.0000 over seeds (+0.1000, +0.1000)" in tables["leakage"]
+    assert "`` a 'b' ``" in tables["samples"] and "`` Say b ``" in tables["samples"]
+    target = report.draw(results, tmp_path / "made_up.json")
+    assert target == tmp_path / "made_up.png" and target.stat().st_size > 10_000
+
+
+def test_the_page_has_a_place_for_every_table_and_refuses_tiny_results(report: ModuleType) -> None:
+    page, results = PAGE.read_text(encoding="utf-8"), made_up()
+    filled = report.filled(page, results)
+    assert report.filled(filled, results) == filled and "one CARD" in filled
+    results["settings"]["tiny"] = True
+    with pytest.raises(ValueError, match="tiny"):
+        report.filled(page, results)
+    with pytest.raises(ValueError, match="places for the table environment"):
+        report.filled("no marks", made_up())
+
+
+def test_the_page_shows_what_was_measured(report: ModuleType) -> None:
+    """The tables are those of the committed results; where there are none, the page has none."""
+    page = PAGE.read_text(encoding="utf-8")
+    if RESULTS.exists():
+        assert report.filled(page, json.loads(RESULTS.read_text(encoding="utf-8"))) == page
+    else:
+        assert "Not measured yet" in page and "| --- |" not in page
