@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 from case_study_ways import document_logps, exactness, in_place, pair_logps
-from common import RESULTS, environment
+from common import RESULTS
 
+from mambalign.bench.measure import environment
 from mambalign.data.packing import PackedRows
 from mambalign.recipe import Recipe, load_recipe
 from mambalign.support import write_json

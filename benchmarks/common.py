@@ -1,23 +1,17 @@
-"""What the GPU benchmarks share: correctness before numbers, contestants in turn in one run, medians, peak memory."""
+"""What the benchmark scripts share beside `mambalign.bench`: their options, and batches that stand for all."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
-import importlib
-import importlib.metadata
-import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mambalign.bench.measure import DEVICE, Row, environment, free_memory, result_of, write
+
 RESULTS = Path(__file__).parent / "results"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def arguments(description: str, name: str, repeats: int = 20) -> argparse.ArgumentParser:
@@ -38,89 +32,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     torch.manual_seed(0)
     print(" | ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
     return options
-
-
-def environment() -> dict[str, str]:
-    """Date, card and versions: what a figure means nothing without."""
-    import transformers
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    for name, needed in (("mamba-ssm", "mamba_ssm.ops.selective_scan_interface"), ("causal-conv1d", "causal_conv1d")):
-        try:
-            importlib.import_module(needed)
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "of unknown version"
-        except ImportError:
-            versions[name] = "not installed: no peer"
-    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "none"
-    return {"date": datetime.date.today().isoformat(), "card": card, **versions}
-
-
-def compete(
-    contestants: dict[str, Callable[[], Any]],
-    repeats: int,
-    warmup: int = 2,
-    burst: int = 1,
-    seconds: float = float("inf"),
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds and peak GiB (above what was there before) of each, measured in turn.
-
-    `burst` calls are timed together, as a model makes them: then what the host does for one is hidden by another.
-    After `seconds` no new turn begins, except to make them three. A contestant that runs out of memory is left out,
-    aloud.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    peaks: dict[str, float] = {}
-    deadline = time.monotonic() + seconds
-    for turn in range(warmup + repeats):
-        if turn - warmup >= 3 and time.monotonic() > deadline:
-            break
-        for name, run in contestants.items():
-            if name not in times:
-                continue
-            try:
-                elapsed, peak = _timed(run, burst)
-            except torch.OutOfMemoryError:
-                del times[name]
-            if name not in times:  # past the exception, which holds on to the tensors
-                print(f"{name}: out of memory", flush=True)
-                free_memory()
-                continue
-            peaks[name] = max(peak, peaks.get(name, 0.0))
-            if turn >= warmup:
-                times[name].append(elapsed)
-    return {name: {"ms": statistics.median(t), "gib": peaks[name]} for name, t in times.items() if t}
-
-
-def _timed(run: Callable[[], Any], burst: int) -> tuple[float, float]:
-    if DEVICE.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(burst):
-            run()
-        return (time.perf_counter() - began) / burst * 1e3, 0.0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(burst):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / burst, (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def free_memory() -> None:
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the exact one; NaN counts as infinite."""
-    error = float((ours.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
-    return error if error == error else float("inf")
 
 
 def largest_difference(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -150,16 +61,8 @@ def spread(batches: list[Any], size: Callable[[Any], int], count: int) -> list[A
     return [ordered[(2 * part + 1) * len(ordered) // (2 * count)] for part in range(count)]
 
 
-def write(benchmark: str, path: Path, rows: list[dict[str, Any]]) -> None:
-    """The JSON first, then the plot beside it, where matplotlib is installed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": benchmark, "environment": environment(), "rows": rows}, indent=2) + "\n")
-    print(f"\nwritten to {path}", flush=True)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print(f"no plot: matplotlib is not installed; where it is, python benchmarks/plot.py {path}")
-        return
-    from plot import draw
+def finish(benchmark: str, path: Path, rows: list[Row]) -> None:
+    """Write the JSON, and the plot beside it."""
+    from plot import PLOTS
 
-    print(f"plotted to {draw([path])}")
+    write(result_of(benchmark, rows), path, plots=PLOTS)

@@ -22,24 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import torch
-from common import (
-    DEVICE,
-    arguments,
-    compete,
-    fits,
-    free_memory,
-    largest_difference,
-    parse,
-    relative_error,
-    spread,
-    write,
-)
+from common import arguments, finish, fits, largest_difference, parse, spread
 from real_data import Example, load
 from torch import Tensor
 
+from mambalign.bench import contestants as models
+from mambalign.bench.measure import DEVICE, compete, free_memory, relative_error
 from mambalign.data.batches import Collator, PackedBatch, collate_sequences
 from mambalign.data.bins import best_fit_decreasing
 from mambalign.train.objectives import Completions, PreferenceOptions, preference_loss, sequence_sums
@@ -370,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += run(case, data, turns, options.repeats)
         print(f"{'':42}{time.monotonic() - began:.0f} s", flush=True)
         free_memory()
-    write("dpo_real", options.json, rows)
+    finish("dpo_real", options.json, rows)
 
 
 if __name__ == "__main__":

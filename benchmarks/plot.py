@@ -13,13 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-# Okabe and Ito's colours, which most colour-blind readers tell apart.
-OURS, PEER, TRANSFORMER = "#0072B2", "#E69F00", "#009E73"
-
-
-def colour(who: str) -> str:
-    return PEER if "mamba-ssm" in who or "conv1d" in who else TRANSFORMER if who in ("transformer", "PyTorch") else OURS
+from mambalign.bench.figures import PLOTS as VERBS
+from mambalign.bench.figures import colour, draw, grouped, mark
+from mambalign.bench.measure import Row
 
 
 def _bars(axes: Any, rows: Sequence[Row], values: Sequence[float], names: Sequence[str], said: Sequence[str]) -> None:
@@ -32,16 +28,9 @@ def _bars(axes: Any, rows: Sequence[Row], values: Sequence[float], names: Sequen
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _by(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
-
-
 def ops(rows: list[Row], new: Callable[..., Any]) -> Any:
     """Forward + backward of every shape, a panel an op, over what the peer takes for the same shape."""
-    groups = _by(rows, "op")
+    groups = grouped(rows, "op")
     most = max(len(some) for some in groups.values())
     figure, panels = new(-(-len(groups) // 2), 2, figsize=(12, 1 + 0.38 * most * -(-len(groups) // 2)))
     for axes in panels[len(groups) :]:
@@ -62,18 +51,18 @@ def ops(rows: list[Row], new: Callable[..., Any]) -> Any:
 
 def train_step(rows: list[Row], new: Callable[..., Any]) -> Any:
     """Speed and memory by length, a column a size; open marks: blocks recomputed in the backward pass."""
-    sizes = _by([row for row in rows if row["weights"] == "bf16"], "size")
+    sizes = grouped([row for row in rows if row["weights"] == "bf16"], "size")
     sizes = {size: some for size, some in sizes.items() if len({row["length"] for row in some}) > 1} or sizes
     figure, panels = new(2, len(sizes), figsize=(4.8 * len(sizes), 7), sharex="col")
     for column, ((size,), some) in enumerate(sizes.items()):
-        for (who, recompute), line in _by(some, "who", "recompute").items():
+        for (who, recompute), line in grouped(some, "who", "recompute").items():
             line = sorted(line, key=lambda row: row["length"])
             for axes, value in zip(panels[column :: len(sizes)], ("tokens_per_second", "peak_gib"), strict=True):
                 axes.plot(
                     [row["length"] for row in line],
                     [row[value] for row in line],
                     color=colour(who),
-                    marker={"ours": "o", "mamba-ssm": "s"}.get(who, "^"),
+                    marker=mark(who),
                     markerfacecolor="white" if recompute else colour(who),
                     linestyle="--" if recompute else "-",
                     label=f"{who}{', recomputed' if recompute else ''}{' in part' if recompute == 'selective' else ''}",
@@ -100,7 +89,7 @@ def dpo_real(rows: list[Row], new: Callable[..., Any]) -> Any:
 
 def _speed_and_memory(rows: list[Row], new: Callable[..., Any], keys: tuple[str, str], value: str, unit: str) -> Any:
     """A line of two panels for every case."""
-    groups = _by(rows, *keys)
+    groups = grouped(rows, *keys)
     heights = [1 + 0.3 * len(some) for some in groups.values()]
     figure, panels = new(len(groups), 2, figsize=(11, sum(heights) + 1), height_ratios=heights)
     for line, (case, some) in enumerate(groups.items()):
@@ -115,28 +104,7 @@ def _speed_and_memory(rows: list[Row], new: Callable[..., Any], keys: tuple[str,
     return figure
 
 
-PLOTS = {"ops": ops, "train_step": train_step, "sft_real": sft_real, "dpo_real": dpo_real}
-
-
-def draw(paths: Sequence[Path]) -> Path:
-    """One plot of the rows of all the files, which are of one benchmark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def new(lines: int, columns: int, **options: Any) -> Any:
-        figure, axes = pyplot.subplots(lines, columns, squeeze=False, layout="constrained", **options)
-        return figure, axes.flatten().tolist()
-
-    results = [json.loads(path.read_text()) for path in paths]
-    facts = results[0]["environment"]
-    figure = PLOTS[results[0]["benchmark"]]([row for result in results for row in result["rows"]], new)
-    figure.suptitle(f"{facts['card']}, torch {facts['torch']}, mamba-ssm {facts['mamba-ssm']}, {facts['date']}", size=9)
-    target = paths[0].with_suffix(".png")
-    figure.savefig(target, dpi=150)
-    pyplot.close(figure)
-    return target
+PLOTS = {"ops": ops, "train_step": train_step, "sft_real": sft_real, "dpo_real": dpo_real, **VERBS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -147,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         by_benchmark.setdefault(json.loads(path.read_text()).get("benchmark", ""), []).append(path)
     for benchmark, paths in by_benchmark.items():
         if benchmark in PLOTS:
-            print(draw(paths))
+            print(draw(paths, plots=PLOTS))
 
 
 if __name__ == "__main__":

@@ -20,24 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import (
-    DEVICE,
-    arguments,
-    compete,
-    fits,
-    free_memory,
-    largest_difference,
-    parse,
-    relative_error,
-    spread,
-    write,
-)
+from common import arguments, finish, fits, largest_difference, parse, spread
 from real_data import MAX_LENGTH, Example, load
 
+from mambalign.bench import contestants as models
+from mambalign.bench.measure import DEVICE, compete, free_memory, relative_error
 from mambalign.data.batches import PackedBatch, collate_sequences
 from mambalign.data.bins import best_fit_decreasing
 from mambalign.train.objectives import sequence_sums
@@ -203,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{'':42}{time.monotonic() - began:.0f} s", flush=True)
         rows += made
         free_memory()
-    write("sft_real", options.json, rows)
+    finish("sft_real", options.json, rows)
 
 
 if __name__ == "__main__":

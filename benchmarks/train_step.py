@@ -14,16 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import models
-import numpy as np
 import torch
-from common import DEVICE, arguments, compete, free_memory, parse, write
+from common import arguments, finish, parse
 
-from mambalign.data.batches import collate_sequences
-
-BURST = 3  # steps timed together: in training none waits for the device to be done with the one before
-EVERYONE = ("ours", "mamba-ssm", "transformer")
-MARKS: dict[bool | str, str] = {False: "", True: " recomputed", "selective": " recomputed in part"}
+from mambalign.bench import contestants as models
+from mambalign.bench.length import EVERYONE, MARKS
+from mambalign.bench.measure import DEVICE, compete, free_memory
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,7 @@ def contestants(case: Case, ids: torch.Tensor) -> tuple[dict[str, Callable[[], t
     steps: dict[str, Callable[[], torch.Tensor]] = {}
     if "ours" in case.who:
         model = made["ours"] = models.ours(case.size, case.weights, case.recompute)
-        rows = ids.cpu().numpy()
-        examples = [{"input_ids": row, "loss_mask": np.ones_like(row), "index": 0} for row in rows]
-        batch = collate_sequences(examples).to(DEVICE)
+        batch = models.random_batch(ids)
         steps["ours"] = models.step(model, case.weights, lambda: models.packed_loss(model, batch))
     if "mamba-ssm" in case.who and (peer := models.mamba_ssm(made["ours"], case.weights, case.recompute)) is not None:
         made["mamba-ssm"] = peer
@@ -97,9 +91,8 @@ def measure(case: Case, repeats: int, seconds: float) -> list[dict[str, Any]]:
         if name not in steps:
             print(f"{case.size} {case.rows} x {case.length:,}: {name} has not enough memory", flush=True)
             free_memory()
-    if {"ours", "mamba-ssm"} <= losses.keys() and not abs(losses["ours"] / losses["mamba-ssm"] - 1) < 2e-2:
-        raise SystemExit(f"the losses differ: {losses}: no numbers")
-    results = compete(steps, repeats, warmup=1, burst=BURST, seconds=seconds)
+    models.check_peer(losses)
+    results = compete(steps, repeats, warmup=1, seconds=seconds)
     rows = []
     facts = {k: v for k, v in asdict(case).items() if k not in ("group", "who", "seconds")}
     for name, result in results.items():
@@ -161,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{'':44}{time.monotonic() - began:.0f} s of {case.seconds} expected", flush=True)
         free_memory()
     _show_growth(rows)
-    write("train_step", options.json, rows)
+    finish("train_step", options.json, rows)
 
 
 if __name__ == "__main__":

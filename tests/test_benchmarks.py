@@ -1,15 +1,10 @@
-"""The GPU benchmarks run from end to end on a CPU: tiny shapes, and a stand-in for the peer with its interface.
-
-The stand-in has mamba-ssm's modules, parameter names and calls, and computes with our ops; what it shows is that the
-scripts ask it rightly, and that they refuse to print a time when it disagrees.
-"""
+"""The GPU benchmark scripts run from end to end on a CPU: tiny shapes, and a stand-in for the peer."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,128 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambalign.models.mamba import MambaMixer, RMSNorm
-from mambalign.ops import Segments, causal_conv1d, selective_scan
+from mambalign.ops import causal_conv1d
+from tests.bench import standin
+from tests.bench.standin import MambaLMHeadModel
+from tests.train.conftest import byte_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = (
-    "common",
-    "models",
-    "ops",
-    "train_step",
-    "real_data",
-    "sft_real",
-    "dpo_real",
-    "decode",
-    "plot",
-    "long_context",
-)
-
-
-class Block(nn.Module):
-    def __init__(self, config: Any):
-        super().__init__()
-        self.norm, self.mixer = RMSNorm(config.hidden_size, eps=1e-5), MambaMixer(config, layer_idx=0)
-
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None) -> Any:
-        residual = hidden_states.float() if residual is None else residual + hidden_states
-        rows, length, width = residual.shape
-        normed = self.norm(residual.to(self.norm.weight.dtype)).view(1, -1, width)
-        return self.mixer(normed, segments=Segments.from_lengths([length] * rows)).view(rows, length, width), residual
-
-
-class Backbone(nn.Module):
-    def __init__(self, config: Any):
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
-        self.norm_f = RMSNorm(config.hidden_size, eps=1e-5)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden, residual = self.embedding(input_ids), None
-        for layer in self.layers:
-            hidden, residual = layer(hidden, residual, inference_params=None)
-        return self.norm_f((hidden + residual).to(self.norm_f.weight.dtype))
-
-
-class MambaLMHeadModel(nn.Module):
-    error = 0.0  # what is wrong with its logits
-
-    def __init__(self, config: Any, device: Any = None, dtype: Any = None):
-        super().__init__()
-        self.backbone = Backbone(
-            transformers.MambaConfig(
-                vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.n_layer
-            )
-        )
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.lm_head.weight = self.backbone.embedding.weight
-        self.to(device=device, dtype=dtype)
-
-    def forward(self, input_ids: Tensor) -> Any:
-        logits = self.lm_head(self.backbone(input_ids))
-        return namedtuple("CausalLMOutput", ["logits"])(
-            logits=logits + self.error * torch.arange(logits.shape[-1]).to(logits)
-        )
-
-
-def decode(ids: Tensor, model: Any, max_length: int, top_k: int, cg: bool) -> Tensor:
-    assert top_k == 1 and cg
-    with torch.no_grad():
-        while ids.shape[1] < max_length:
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids
-
-
-def packed(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any) -> Tensor:
-    rows, channels, length = u.shape
-    segments = Segments.from_lengths([length] * rows)
-    z = packed(rest.pop("z"))
-    y = selective_scan(*map(packed, (u, delta)), A, *map(packed, (B, C)), D, z, segments=segments, **rest)
-    return y.view(rows, length, channels).transpose(1, 2)
-
-
-def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    rows, channels, length = x.shape
-    y = causal_conv1d(packed(x), weight, bias, activation, Segments.from_lengths([length] * rows))
-    return y.view(rows, length, channels).transpose(1, 2)
-
-
-def rms_norm_fn(
-    x: Tensor, weight: Tensor, bias: None, residual: Tensor, eps: float, prenorm: bool, residual_in_fp32: bool
-) -> tuple[Tensor, Tensor]:
-    assert prenorm and residual_in_fp32
-    total = residual + x
-    return (nn.functional.rms_norm(total, weight.shape, weight.float(), eps)).to(x.dtype), total
+SCRIPTS = ("common", "context_pair", "ops", "train_step", "real_data", "sft_real", "dpo_real", "long_context", "plot")
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
     """Imports a script as its directory's own, with the stand-in for the peer beside it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name, members in {
-        "mamba_ssm": {},
-        "mamba_ssm.models": {},
-        "mamba_ssm.models.config_mamba": {"MambaConfig": SimpleNamespace},
-        "mamba_ssm.models.mixer_seq_simple": {"MambaLMHeadModel": MambaLMHeadModel},
-        "mamba_ssm.utils": {},
-        "mamba_ssm.utils.generation": {"decode": decode},
-        "mamba_ssm.ops": {},
-        "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
-        "mamba_ssm.ops.triton": {},
-        "mamba_ssm.ops.triton.layer_norm": {"rms_norm_fn": rms_norm_fn},
-        "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
-    }.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
+    standin.install(monkeypatch)
     before = {name: sys.modules.pop(name, None) for name in SCRIPTS}
     yield importlib.import_module
     for name, module in before.items():
@@ -191,8 +80,8 @@ def test_real_data_survives_the_file(script: Callable[[str], ModuleType], data: 
 def test_ops(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     script("ops").main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "ops.json")])
     seen = {(row["op"], row["who"]) for row in rows_of(tmp_path / "ops.json")}
-    assert {who for op, who in seen if op == "selective_scan"} == {"ours", "mamba-ssm", "ours, 100 uneven segments"}
-    assert len(seen) == 9
+    assert {who for op, who in seen if op == "causal_conv1d"} == {"ours", "causal-conv1d"}
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(
@@ -211,7 +100,7 @@ def test_ops_refuse_numbers(
     monkeypatch.setattr(ops, "causal_conv1d", conv)
     monkeypatch.setattr(ops, "BF16", torch.float32)
     with pytest.raises(SystemExit, match=message):
-        ops.check(2, 16, 150)
+        ops.check_all(2, 16, 150)
 
 
 def test_train_step(
@@ -224,23 +113,6 @@ def test_train_step(
     monkeypatch.setattr(MambaLMHeadModel, "error", 0.01)
     with pytest.raises(SystemExit, match="losses differ"):
         script("train_step").main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "train_step.json")])
-
-
-def test_decode(script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    main, file = script("decode").main, tmp_path / "decode.json"
-    main(["--tiny", "--repeats", "1", "--json", str(file)])
-    rows = json.loads(file.read_text())["rows"]
-    assert [row["answers"] for row in rows] == [1, 8]  # speeds are differences of times: at this size they may be noise
-    gpu = ["--gpu", "--tiny", "--repeats", "1", "--json", str(file)]
-    monkeypatch.setattr(script("decode"), "CONTEXTS", (64, 128))
-    monkeypatch.setattr(script("decode"), "BATCHES", (1, 2))
-    monkeypatch.setattr(script("decode"), "write", lambda name, path, rows: path.write_text(json.dumps(rows)))
-    main(gpu)
-    seen = {(row["case"], row.get("who")) for row in json.loads(file.read_text())}
-    assert seen == {(c, w) for c in ("even", "uneven") for w in ("ours", "mamba-ssm")} | {("context", None)}
-    monkeypatch.setattr(MambaLMHeadModel, "error", 1.0)
-    with pytest.raises(SystemExit, match="differs from mamba-ssm's from token 0 on: no numbers"):
-        main(gpu)
 
 
 def test_long_context(script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +155,7 @@ def test_dpo_real(script: Callable[[str], ModuleType], data: SimpleNamespace, tm
     script("dpo_real").main(arguments)
     rows = rows_of(tmp_path / "dpo_real.json")
     steps = [row["who"][:2] for row in rows if row["data"] == "pairs"]
-    assert steps == ["ma", "a:", "b:", "c:", "d:", "e:", "re"]
+    assert steps == ["ma", "a:", "b:", "c:", "d:", "e:", "e,", "e,", "re"]
     assert [row["who"][:2] for row in rows if row["data"] == "multi-turn"] == ["d:", "e:"]
     with_reference = [row["weights_gib"] for row in rows[:3]]
     assert with_reference == [2 * rows[3]["weights_gib"]] * 3
@@ -292,18 +164,48 @@ def test_dpo_real(script: Callable[[str], ModuleType], data: SimpleNamespace, tm
         script("dpo_real").main(arguments)
 
 
-def test_memory_that_runs_out(script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
-    common = script("common")
+def test_a_pair_to_read_long_documents_with(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are trained on the same batches, the documents held out are whole, and the verb reads them with both."""
+    from mambalign.bench import perplexity
+
+    text, made = tmp_path / "text.jsonl", script("context_pair")
+    rows = [{"text": f"part {part} of document {doc} " * 9, "doc": doc} for doc in range(3) for part in range(2)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    seen: dict[str, list[Any]] = {}
+    train = made.train
+
+    def recorded(model: Any, loss_of: Any, batch: Any, steps: Any, *rest: Any) -> int:
+        mine = seen.setdefault(type(model).__name__, [])
+        return train(model, loss_of, lambda step: mine.append(batch(step)) or mine[-1], steps or 3, *rest)
+
+    monkeypatch.setattr(made, "train", recorded)
+    pair = tmp_path / "pair"
+    made.main(f"--data {text} --join doc --tokenizer {tmp_path / 'tokenizer'} --out {pair} --size tiny --length 16 "
+              "--rows 2 --held-out 2".split())  # fmt: skip
+    mamba, neox = seen.values()
+    assert len(mamba) == len(neox) == 3 and all(torch.equal(a, b) for a, b in zip(mamba, neox, strict=True))
+    held_out = pair / "held-out.jsonl"
+    assert [json.loads(line)["text"].split()[4] for line in held_out.read_text().splitlines()] == ["1", "2"]
+    options = perplexity.Options(
+        str(tmp_path / "pair/mamba"), str(held_out), str(tmp_path / "pair/neox"), lengths=(32,)
+    )
+    result = perplexity.run(options)
+    assert {(row["who"], row.get("training_length")) for row in result["rows"]} == {("ours", None), ("transformer", 16)}
+
+
+def test_memory_that_runs_out(script: Callable[[str], ModuleType]) -> None:
+    fits = script("common").fits
 
     def needs_less_than(rows: int) -> None:
         if rows > 5:
             raise torch.OutOfMemoryError
 
-    assert common.fits(needs_less_than, 16) == 4
-    results = common.compete({"big": lambda: needs_less_than(6), "small": lambda: None}, repeats=3)
-    assert list(results) == ["small"] and "big: out of memory" in capsys.readouterr().out
+    assert fits(needs_less_than, 16) == 4
     with pytest.raises(torch.OutOfMemoryError):
-        common.fits(lambda rows: needs_less_than(6), 2)
+        fits(lambda rows: needs_less_than(6), 2)
 
 
 def test_batches_that_stand_for_all(script: Callable[[str], ModuleType]) -> None:

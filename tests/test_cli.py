@@ -25,6 +25,7 @@ NESTED = [
     *("recipes list", "recipes show", "recipes keys", "eval fetch-data", "eval calibrate"),
     *(f"eval {bench} {verb}" for bench in ("mt-bench", "alpaca") for verb in ("answer", "judge", "show", "report")),
     "eval compare",
+    *(f"bench {verb}" for verb in ("length", "perplexity", "scan", "decode", "plot")),
 ]
 
 

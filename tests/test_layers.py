@@ -18,7 +18,7 @@ LAYERS = [
     {"models", "data"},
     {"train", "generation"},
     {"evals"},
-    {"check", "demo", "doctor"},
+    {"bench", "check", "demo", "doctor"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}

@@ -13,7 +13,18 @@ from mambalign.cli.app import app
 __all__ = ["app", "main"]
 
 # Each adds its verbs to `app`; --help shows them in this order.
-for _module in ("first", "training", "cluster", "models", "talk", "evaluation", "answering", "judging", "reporting"):
+for _module in (
+    "first",
+    "training",
+    "cluster",
+    "models",
+    "talk",
+    "evaluation",
+    "answering",
+    "judging",
+    "reporting",
+    "benching",
+):
     import_module(f"mambalign.cli.{_module}")
 
 

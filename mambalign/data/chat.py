@@ -28,6 +28,7 @@ from mambalign.recipe import UserError, nearest
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, str]
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 # The text of "zephyr" is the alignment handbook's. Tags on lines of their own vanish when rendered (trim_blocks and
 # lstrip_blocks are on), the newline after an expression stays.

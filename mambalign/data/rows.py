@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from mambalign.data import chat
-from mambalign.data.sources import SHAREGPT_ROLES
 from mambalign.recipe import UserError
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class ChatRules:
 
 
 def _our_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    role = SHAREGPT_ROLES.get(message.get("role") or "")
+    role = chat.SHAREGPT_ROLES.get(message.get("role") or "")
     return {**message, "role": role} if role else message
 
 

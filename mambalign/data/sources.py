@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from mambalign.data.chat import SHAREGPT_ROLES
 from mambalign.data.json_rows import json_rows
 from mambalign.recipe import UserError, entry_splits, is_test_split, nearest
 
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 MESSAGE_KEYS = ("role", "content", "from", "value")  # the latter two are ShareGPT's
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _ENTRY_KEYS = ("fraction", "weight", "max_samples", "split", "splits", "config", "columns", "data_files", "revision")
 
 

@@ -13,6 +13,8 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from mambalign.train import curves
+
 Metrics = list[dict[str, Any]]
 Line = tuple[str, str, tuple[list[float], list[float]]]  # label, colour of THEME, (steps, values)
 # Colours that stand for the page's CSS variables: matplotlib wants a real colour, the page wants to change it.
@@ -26,20 +28,14 @@ THEME = {
     "#070707": "var(--bad)",
 }
 INK, MUTED, LINE, BASE, SFT, DPO, BAD = THEME
-STYLE = {
+STYLE = curves.STYLE | {
     "axes.edgecolor": LINE,
-    "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.labelcolor": MUTED,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "font.size": 9,
+    "grid.alpha": 1.0,
     "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
     "legend.labelcolor": INK,
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
-    "svg.hashsalt": "mambalign",
     "text.color": INK,
     "xtick.color": MUTED,
     "ytick.color": MUTED,

@@ -12,6 +12,20 @@ from mambalign.train.callbacks import METRICS, read_metrics
 CURVES = "curves.svg"
 LABELS = {"lengths/accuracies": "by length alone"}
 FORMATS = (".svg", ".png", ".pdf")
+# Of every figure of the project: runs, benchmarks, the demo's page (which gives it the page's colours).
+STYLE: dict[str, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 8,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes a page's font
+    "svg.hashsalt": "mambalign",  # the same file every time
+}
 # (title, metrics in the training lines; those that are there are drawn, each with its `eval_` twin)
 PANELS = (
     ("loss", ("loss",)),
@@ -34,16 +48,16 @@ def draw(folders: Sequence[Path], target: Path) -> Path:
         raise UserError(f"cannot draw to {target}: give a file name that ends in {', '.join(FORMATS)}")
     rows = [(folder, _series(folder)) for folder in folders]
     columns = max(len(_panels(series)) for _, series in rows)
-    figure = Figure(figsize=(3.6 * columns, 2.7 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes, (folder, series) in zip(grid, rows, strict=True):
-        for axis in axes:
-            axis.set_visible(False)
-        for axis, (title, names) in zip(axes, _panels(series), strict=False):
-            axis.set_visible(True)
-            _panel(axis, f"{folder.name}: {title}", names, series)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):  # text as text, the same file every time
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * columns, 2.7 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes, (folder, series) in zip(grid, rows, strict=True):
+            for axis in axes:
+                axis.set_visible(False)
+            for axis, (title, names) in zip(axes, _panels(series), strict=False):
+                axis.set_visible(True)
+                _panel(axis, f"{folder.name}: {title}", names, series)
+        target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None, dpi=110)
     return target
 
@@ -73,9 +87,7 @@ def _panel(axis: Any, title: str, names: tuple[str, ...], series: dict[str, list
         if held_out:
             steps, values = zip(*held_out, strict=True)
             axis.plot(steps, values, color=color, marker="o", markersize=3, label=f"{label}, held out")
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("step", fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
+    axis.set_title(title)
+    axis.set_xlabel("step")
     if len(names) > 1 or f"eval_{names[0]}" in series:
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend()

@@ -203,9 +203,9 @@ def test_the_readmes_examples_run_after_the_demo(
     for block in (text for language, text in blocks if language == "python"):
         exec(compile(block, "README.md", "exec"), {})
     lines = [line for language, text in blocks if language == "bash" for line in text.splitlines()]
-    converting = [line for line in lines if line.startswith("mambalign convert")]
-    assert len(converting) == 2
-    for line in converting:
+    runnable = [line for line in lines if line.startswith(("mambalign convert", "mambalign bench perplexity"))]
+    assert len(runnable) == 3
+    for line in runnable:
         result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, result.output
 
