@@ -3,6 +3,8 @@
     python benchmarks/plan.py                           # about two minutes on an H200
     python benchmarks/plan.py --only 2.8b-qlora 130m    # groups or sizes as printed by --help
     python benchmarks/plan.py --tiny                    # on a CPU: tries the script
+    python benchmarks/plan.py --fit results.json        # rates for mambalign/check/speed.py, from what was measured
+    python benchmarks/plan.py --replan results.json     # what was measured beside today's plan
 
 Steps of the project's own trainer with the recipe's optimizer, on the recipes of `recipes/common`; random weights, made
 on the device; synthetic rows of a fixed number of tokens. The first three steps are not timed. A case that runs out of
@@ -18,11 +20,12 @@ import gc
 import importlib.util
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +37,9 @@ import torch
 from common import DEVICE, arguments, environment, free_memory, parse
 from transformers import TrainerCallback
 
-from mambalign.check import ModelShape, estimate
+from mambalign.check import Load, ModelShape
+from mambalign.check.plan import plan
+from mambalign.check.speed import H200, RATES, Card, Rates, card_here, times
 from mambalign.data.packing import Collator, PackedRows
 from mambalign.recipe import PAIR_STAGES, Recipe, load_recipe
 from mambalign.train import run
@@ -373,6 +378,7 @@ def measure(case: Case, repeats: int, patience: float) -> dict[str, Any]:
         "clip_seconds": clock.spent("clipped"),
         "optimizer_seconds": clock.spent("updated"),
         "static": static,
+        "card_bytes": torch.cuda.get_device_properties(0).total_memory if DEVICE.type == "cuda" else 0,
         "memory": clock.memory,
         "peak_allocated": max([most for _, most in clock.memory.values()], default=0),
         "peak_reserved": taken,
@@ -402,31 +408,127 @@ def attempt(case: Case, repeats: int, patience: float) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def planned(row: dict[str, Any]) -> dict[str, Any]:
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(**{name: row[name] for name in Case.__dataclass_fields__})
+
+
+def load_of(row: dict[str, Any]) -> Load:
+    passes = row["passes"]
+    return Load(row["tokens"] // passes, row["targets"] // passes, passes)
+
+
+def card_of(environment: dict[str, str], row: dict[str, Any]) -> Card:
+    """The one that was measured on; on a CPU figures mean nothing, and the H200 stands in."""
+    card = environment["card"]
+    return H200 if card == "none" else card_here(card, row.get("card_bytes", H200.memory))
+
+
+def planned(row: dict[str, Any], card: Card) -> dict[str, Any]:
     """What the planner says of a row."""
-    case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
-    parts = estimate(ModelShape(**row["shape"]), case.recipe, case.stage)
-    return {"planned_bytes": parts["total"]}
+    case, shape = case_of(row), ModelShape(**row["shape"])
+    made = plan(shape, case.recipe, case.stage, card, rows=load_of(row))
+    return {
+        "total": made.parts["total"],
+        "device": made.parts["device"],
+        "parts": made.parts,
+        "moment": made.moment,
+        "seconds": made.seconds,
+    }
+
+
+def name_of(row: dict[str, Any]) -> str:
+    keys = " ".join(f"{name}={value}" for name, value in row["keys"].items())
+    times = f" x {row['accumulation']}" if row["accumulation"] > 1 else ""
+    return f"{row['size']:>4} {row['stage']} {row['method']:>5} {row['rows']:>2} x {row['length']:,}{times} {keys}"
 
 
 def show(row: dict[str, Any]) -> None:
-    keys = " ".join(f"{name}={value}" for name, value in row["keys"].items())
-    what = f"{row['size']:>4} {row['stage']} {row['method']:>5} {row['rows']:>2} x {row['length']:,}"
-    what += (f" x {row['accumulation']}" if row["accumulation"] > 1 else "") + f" {keys}"
+    what = name_of(row)
     if "missing" in row:
         print(f"{what:78} {row['missing']}", flush=True)
         return
-    plan = row["planned"]
-    held = row["peak_allocated"]
+    made, held = row["planned"], row["peak_allocated"]
     memory = f"{held / 1e9:6.2f} GB (reserved {row['peak_reserved'] / 1e9:6.2f})"
-    memory += f", planned {plan['planned_bytes'] / 1e9:6.2f} ({plan['planned_bytes'] / max(held, 1) - 1:+.0%})"
+    memory += f", planned {made['total'] / 1e9:6.2f} ({made['total'] / max(held, 1) - 1:+.0%})"
     spent = f"{1e3 * row['seconds']:8.1f} ms, {row['tokens'] / row['seconds']:9,.0f} tok/s"
-    if plan.get("planned_seconds"):
-        spent += (
-            f", planned {1e3 * plan['planned_seconds']:8.1f} ms ({plan['planned_seconds'] / row['seconds'] - 1:+.0%})"
-        )
+    if made["seconds"]:
+        step = made["seconds"]["step"]
+        spent += f", planned {1e3 * step:8.1f} ms ({step / row['seconds'] - 1:+.0%})"
     fits = f", fits {row['limit_gb']:g} GB" if row["limit_gb"] else ""
     print(f"{what:78} {spent}; {memory}{fits}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- calibration
+
+
+def misses(runs: Sequence[tuple[dict[str, Any], ModelShape, Recipe]], card: Card, rates: Rates) -> list[float]:
+    """Log of predicted over measured, for the parts of every row."""
+    found = []
+    for row, shape, recipe in runs:
+        made = times(shape, recipe, row["stage"], card, load_of(row), rates=rates)
+        rest = row["seconds"] - row["forward_seconds"] - row["backward_seconds"]
+        pairs = [
+            (made["step"], row["seconds"]),
+            (made["forward"], row["forward_seconds"]),
+            (made["backward"], row["backward_seconds"]),
+            (made["step"] - made["forward"] - made["backward"], rest),
+        ]
+        if row.get("reference_seconds"):
+            pairs.append((made["reference"] * row["reference_tokens"] / row["tokens"], row["reference_seconds"]))
+        found += [math.log(ours / max(seen, 1e-4)) for ours, seen in pairs]
+    return found
+
+
+def fit(rows: Sequence[dict[str, Any]], card: Card) -> Rates:
+    """Rates of the least squares of `misses`, by coordinate descent in ever smaller steps; near `RATES` where the rows
+    do not say."""
+    names = [item.name for item in fields(Rates)]
+    runs = [(row, ModelShape(**row["shape"]), case_of(row).recipe) for row in rows]
+
+    def cost(rates: Rates) -> float:
+        drift = sum(math.log(getattr(rates, name) / getattr(RATES, name)) ** 2 for name in names)
+        return sum(miss**2 for miss in misses(runs, card, rates)) + 0.02 * drift
+
+    best, lowest = RATES, cost(RATES)
+    for stride in (1.5, 1.25, 1.1, 1.05, 1.02, 1.01):
+        for _ in range(6):
+            before = lowest
+            for name in names:
+                for factor in (stride, 1 / stride):
+                    tried = replace(best, **{name: getattr(best, name) * factor})
+                    if (found := cost(tried)) < lowest:
+                        best, lowest = tried, found
+            if before - lowest < 1e-4:
+                break
+    return best
+
+
+def calibrate(path: Path) -> None:
+    """Print the rates that fit a file of results, and how every row is then met."""
+    written = json.loads(path.read_text())
+    rows = [row for row in written["rows"] if "missing" not in row]
+    card = card_of(written["environment"], rows[0])
+    rates = fit(rows, card)
+    print(f"Rates, from {path.name}, {written['environment']}:")
+    for item in fields(Rates):
+        print(f"    {item.name}: float = {getattr(rates, item.name):.3g}  # was {getattr(RATES, item.name):.3g}")
+    for row in rows:
+        case, shape = case_of(row), ModelShape(**row["shape"])
+        step = times(shape, case.recipe, case.stage, card, load_of(row), rates=rates)["step"]
+        took = f"{1e3 * row['seconds']:8.1f} ms, fitted {1e3 * step:8.1f} ({step / row['seconds'] - 1:+.0%})"
+        print(f"{name_of(row):78} {took}")
+    fragments = [row["peak_reserved"] / row["peak_allocated"] - 1 for row in rows if row["peak_allocated"]]
+    if fragments:
+        print(f"reserved over allocated: median {statistics.median(fragments):.3f}, most {max(fragments):.3f}")
+
+
+def replanned(path: Path) -> None:
+    """Show a file of results beside today's plan."""
+    written = json.loads(path.read_text())
+    for row in written["rows"]:
+        if "missing" not in row:
+            row["planned"] = planned(row, card_of(written["environment"], row))
+        show(row)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -438,6 +540,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="no more timed steps of a case after so long, from 3 on"
     )
+    parser.add_argument("--fit", type=Path, metavar="JSON", help="print the planner's rates that fit these results")
+    parser.add_argument("--replan", type=Path, metavar="JSON", help="show these results beside today's plan")
+    options = parser.parse_args(argv)
+    for path, work in ((options.fit, calibrate), (options.replan, replanned)):
+        if path is not None:
+            work(path)
+            return
     options = parse(parser, argv)
     wanted: Callable[[Case], bool] = lambda case: (  # noqa: E731
         not options.only or bool({case.size, case.group, f"{case.size}-{case.stage}"} & set(options.only))
@@ -447,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         began = time.monotonic()
         row = attempt(case, options.repeats, options.seconds)
         if "missing" not in row:
-            row["planned"] = planned(row)
+            row["planned"] = planned(row, card_of(environment(), row))
         row["case_seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
         show(row)
