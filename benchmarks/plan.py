@@ -16,7 +16,6 @@ with a figure is the proof that it fits.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import itertools
 import json
@@ -272,8 +271,8 @@ def reserved() -> int:
 
 
 def reset_peak() -> None:
-    free_memory()
     if DEVICE.type == "cuda":
+        free_memory()
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -398,7 +397,6 @@ def attempt(case: Case, repeats: int, patience: float) -> dict[str, Any]:
     except Exception as error:
         missing = f"{type(error).__name__}: {error}"
     finally:
-        gc.collect()
         if DEVICE.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
         free_memory()

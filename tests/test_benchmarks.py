@@ -274,10 +274,10 @@ def test_plan(
     plan, file = script("plan"), tmp_path / "plan.json"
     broken = plan.Case("tiny", "sft", "full", 2, 64, {"max_tokens_per_device": 1})
     monkeypatch.setattr(plan, "TINY", [plan.TINY[1], plan.TINY[5], broken])
-    plan.main(["--tiny", "--repeats", "3", "--json", str(file)])
+    plan.main(["--tiny", "--repeats", "1", "--json", str(file)])
     sft, dpo, refused = json.loads(file.read_text())["rows"]
     assert (sft["tokens"], sft["passes"], sft["targets"]) == (128, 2, 2 * 48)
-    assert (dpo["tokens"], dpo["targets"], dpo["reference_tokens"]) == (128, 96, 6 * 128)
+    assert (dpo["tokens"], dpo["targets"], dpo["reference_tokens"]) == (128, 96, 4 * 128)
     for row in (sft, dpo):
         parts = [row[f"{name}_seconds"] for name in ("forward", "backward", "clip", "optimizer")]
         assert min(parts) > 0 and sum(parts) < 2 * row["seconds"] and row["planned"]["seconds"]["step"] > 0

@@ -400,6 +400,23 @@ def test_the_command_prints_tables_or_json_and_exits_with_0_or_2(tiny: Path) -> 
     assert result.exit_code == 2 and "not ok" in result.stdout
 
 
+def test_a_card_is_planned_for_on_any_machine(tiny: Path) -> None:
+    report = check(TINY_SFT, card="h200")
+    planned, proposal, batch = (report.sections[name] for name in ("plan", "proposal", "batch"))
+    assert report.usable and planned["fits"] and planned["card"] == "1 x h200, 141 GB"
+    assert planned["hours"] == pytest.approx(batch["steps"] * planned["step_seconds"] / 3600, rel=0.02)
+    assert report.sections["memory_gb"]["context"] > 0 and planned["device_gb"] >= planned["of_it_tensors_gb"]
+    rows = proposal["per_device_train_batch_size"] * proposal["gradient_accumulation_steps"] * proposal["gpus"]
+    assert rows == batch["rows_per_step"] and proposal["step_seconds"] <= planned["step_seconds"]
+    assert check(TINY_SFT, proposal["add"].split(), card="h200").sections["plan"]["fits"]
+    assert found(check(TINY_SFT, card="h20"), "card", "did you mean 'h200'", "error")
+    small = check(TINY_SFT, card="0.5gb", gpus=2)
+    assert not small.sections["plan"]["fits"] and "none" in small.sections["proposal"]
+    assert found(small, "per_device_train_batch_size", "of the 0.5 GB", "warning")
+    dpo = check(TINY_DPO, ["--model_name_or_path", "data/tiny/base", "--chat_template", "zephyr"], card="h100")
+    assert dpo.sections["plan"]["reference_hours"] > 0 and "h200" in dpo.sections["plan"]["give_or_take"]
+
+
 def test_a_sample_stands_for_all_rows(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = check(TINY_SFT).sections
     monkeypatch.setattr("mambalign.check.run.SAMPLE", 100)

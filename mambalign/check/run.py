@@ -98,7 +98,7 @@ def check(
     report.notes = recipe.notes
     shape = None
     with report.step("model_name_or_path"):
-        shape = _model(report, recipe, stage, devices)
+        shape = _model(report, recipe, stage, devices, on_card=card is not None)
     with report.step("load_in_4bit"):
         _bitsandbytes(recipe)
     with report.step("backend"):
@@ -135,8 +135,8 @@ def _stage_of(path: str | Path, overrides: Sequence[str]) -> str:
 # --- model -----------------------------------------------------------------------------------------------------------
 
 
-def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int) -> ModelShape:
-    """Reads config.json only; weights are neither downloaded nor opened."""
+def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int, on_card: bool) -> ModelShape:
+    """Reads config.json only; weights are neither downloaded nor opened. `on_card`: not for this machine."""
     from mambalign.models import files
 
     name = recipe.model_name_or_path
@@ -145,7 +145,8 @@ def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int) -> Mod
         folder = files.resolve_folder(name)
         if files.is_adapter(folder):
             base = str(files.read_json(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path"))
-            return _model(report, replace(recipe, model_name_or_path=base, model_revision=None), stage, devices)
+            recipe = replace(recipe, model_name_or_path=base, model_revision=None)
+            return _model(report, recipe, stage, devices, on_card)
         config = files.read_json(folder / files.CONFIG)
         with report.step("model_name_or_path"):
             files.tensor_specs(files.weight_files(folder))
@@ -158,7 +159,7 @@ def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int) -> Mod
     if stage == "reward":
         shape = replace(shape, tied=True)  # the language head goes
     _check_head(report, config, name, stage)
-    shape = replace(shape, kernels=_runs_kernels(recipe, shape))
+    shape = replace(shape, kernels=on_card or _runs_kernels(recipe, shape))
     parts = estimate(shape, recipe, stage, devices)
     report.sections["model"] = {
         "name": name,
@@ -169,7 +170,7 @@ def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int) -> Mod
     }
     report.sections["memory_gb"] = {part: _gb(size) for part, size in parts.items() if size or part == "head"}
     report.sections["memory_gb"]["tokens_per_forward"] = tokens_per_forward(recipe, stage)
-    available = _device_memory(recipe)
+    available = None if on_card else _device_memory(recipe)
     if available is not None:
         report.sections["memory_gb"]["available"] = _gb(available)
         needed = parts.get("device", parts["total"])
@@ -203,7 +204,7 @@ def _backends(recipe: Recipe, shape: ModelShape | None) -> dict[str, str]:
 
 def _runs_kernels(recipe: Recipe, shape: ModelShape) -> bool:
     if shape.scan != ModelShape.scan:
-        return False
+        return _device_memory(recipe) is not None
     try:
         return _chosen(recipe, shape)[shape.scan][0] == "cuda"
     except UserError:  # reported under its own key

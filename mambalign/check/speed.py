@@ -74,9 +74,8 @@ def card_named(name: str) -> Card:
     number = wanted.removesuffix("gb")
     if number != wanted and number.replace(".", "", 1).isdigit() and float(number) > 0:
         return Card(wanted, float(number) * 1e9)
-    raise UserError(
-        f"card: {name!r} is unknown{nearest(wanted, CARDS)}; it can be {', '.join(CARDS)}, or 24gb, 48gb ..."
-    )
+    choices = ", ".join([*CARDS, "24gb", "48gb ..."])
+    raise UserError(f"card: {name!r} is unknown{nearest(wanted, CARDS)} (there are {choices})")
 
 
 def card_here(name: str, memory: float) -> Card:
@@ -124,9 +123,9 @@ def times(
         UserError: a card whose speed is unknown, or a Mamba-2, whose steps were not measured.
     """
     if not card.has_speed:
-        raise UserError(f"card: the speed of {card.name} is not known; name one of {', '.join(CARDS)} for times")
+        raise UserError(f"the speed of {card.name} is not known; {', '.join(CARDS)} have one")
     if isinstance(shape, Mamba2Shape):
-        raise UserError("times of a Mamba-2 are not predicted: its steps were not measured")
+        raise UserError("unknown: steps of a Mamba-2 were not measured")
     step = _Step(shape, recipe, stage, card, load, rates)
     forward, backward = load.passes * step.forward(), load.passes * step.backward()
     optimizer = step.optimizer(devices if recipe.fsdp else 1)

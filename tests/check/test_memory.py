@@ -112,7 +112,7 @@ CASES = [
     ("mamba", True, "bf16 + autocast", False, LORA | {"lora_target_modules": ["all-linear"], "lora_dropout": 0.0}),
     *[("falcon_mamba", True, "fp32 + autocast", c, {}) for c in (False, True)],
     ("falcon_mamba", True, "bf16 + autocast", "selective", LORA),
-    *[(family, False, "fp32", c, {}) for family in ("mamba", "mamba2") for c in (False, "selective", True)],
+    *[(family, False, "fp32", c, {}) for family in ("mamba", "mamba2") for c in ("selective", True)],
     *[(family, False, "bf16 + autocast", False, LORA) for family in ("mamba", "mamba2")],
 ]
 
