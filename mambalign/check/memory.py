@@ -26,6 +26,8 @@ Not all of this is there at once. Four moments can be the highest:
     backward ends      weights, moments, gradients, and the first layer's working memory
     update             weights, moments, gradients, and the update's temporary
 
+and, seldom, evaluation and a DPO's reference pass, which keep nothing of a layer but may read larger batches.
+
 With several forward passes a step, gradients are there at every moment. DDP adds buckets as large as the gradients;
 `fsdp: full_shard` divides weights, gradients and moments by the number of devices, and gathers two blocks at a time.
 
@@ -176,7 +178,7 @@ def estimate(
         _distribute(parts, shape, recipe, types, devices)
     paged = parts["optimizer"] if "paged" in recipe.optim else 0.0
     parts["optimizer"] -= paged  # it is no tensor of PyTorch's, and can move to the host
-    moments = _moments(parts, shape, recipe, load)
+    moments = _moments(parts, shape, recipe, stage, load)
     parts["total"] = max(moments.values())
     if on_gpu:
         parts |= {"context": CONTEXT_BYTES, "fragments": FRAGMENTS * parts["total"], "paged optimizer": paged}
@@ -184,13 +186,13 @@ def estimate(
     return parts
 
 
-def highest_moment(shape: ModelShape, recipe: Recipe, parts: dict[str, float], load: Load) -> str:
+def highest_moment(shape: ModelShape, recipe: Recipe, stage: str, parts: dict[str, float], load: Load) -> str:
     """The moment of `estimate`'s total."""
-    moments = _moments(parts, shape, recipe, load)
+    moments = _moments(parts, shape, recipe, stage, load)
     return max(moments, key=lambda name: moments[name])
 
 
-def _moments(parts: dict[str, float], shape: ModelShape, recipe: Recipe, load: Load) -> dict[str, float]:
+def _moments(parts: dict[str, float], shape: ModelShape, recipe: Recipe, stage: str, load: Load) -> dict[str, float]:
     always = parts["weights"] + parts["optimizer"] + parts["communication"]
     gradients = parts["gradients"]
     before = gradients if load.passes > 1 else 0.0
@@ -202,7 +204,25 @@ def _moments(parts: dict[str, float], shape: ModelShape, recipe: Recipe, load: L
         "backward begins": always + before + (0 if again else copies) + kept + parts["head"] + working,
         "backward ends": always + gradients + kept / shape.layers + working,
         "update": always + gradients + parts["update"],
-    }
+    } | _without_gradients(parts, shape, recipe, stage, always)
+
+
+def _without_gradients(
+    parts: dict[str, float], shape: ModelShape, recipe: Recipe, stage: str, always: float
+) -> dict[str, float]:
+    """Moments of passes that keep nothing: a layer's intermediate results and the head's chunks."""
+    c, pairs = Types.of(recipe).compute, 2 if stage in PAIR_STAGES else 1
+    each = 5 * c * shape.inner + (8 + c) * shape.hidden
+    fixed = parts["autocast copies"] + parts["logits"]
+    moments = {}
+    if recipe.do_eval:
+        tokens = recipe.per_device_eval_batch_size * recipe.max_length * pairs
+        moments["evaluation"] = always + fixed + each * min(tokens, recipe.max_tokens_per_device or tokens)
+    if stage == "dpo":
+        bound = recipe.reference_batch_tokens or recipe.max_tokens_per_device
+        bound = bound or recipe.per_device_train_batch_size * recipe.max_length
+        moments["reference pass"] = parts["weights"] + fixed + each * bound
+    return moments
 
 
 def _of_weights(shape: ModelShape, recipe: Recipe, types: Types) -> dict[str, float]:

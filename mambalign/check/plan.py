@@ -107,7 +107,7 @@ def plan(
         seconds = times(shape, recipe, stage, card, usual, devices)
     except UserError as error:
         unknown = str(error)
-    moment = highest_moment(shape, recipe, parts, largest)
+    moment = highest_moment(shape, recipe, stage, parts, largest)
     return Plan(recipe, card, devices, parts, moment, seconds, usual.tokens * usual.passes * devices, unknown)
 
 

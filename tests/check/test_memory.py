@@ -123,7 +123,7 @@ def test_the_plan_counts_what_the_code_allocates(
     family: str, kernel: bool, precision: str, checkpointing: Any, lora: dict[str, Any]
 ) -> None:
     keys = PRECISIONS[precision] | lora
-    recipe = Recipe(**keys, gradient_checkpointing=checkpointing, optim="sgd")
+    recipe = Recipe(**keys, gradient_checkpointing=checkpointing, optim="sgd", do_eval=False)
     with kernels() if kernel else nullcontext():
         shape, kept, highest = step(family, recipe, kernel)
     parts = estimate(shape, recipe, "sft", load=Load(TOKENS, TARGETS))
@@ -184,12 +184,16 @@ def test_moments_and_devices() -> None:
     shape = shape_of("2.8b")
     recipe = Recipe(bf16=True, gradient_checkpointing=True, per_device_train_batch_size=1)
     parts, load = estimate(shape, recipe, "sft"), load_of(recipe, "sft")
-    assert highest_moment(shape, recipe, parts, load) == "update"
+    assert highest_moment(shape, recipe, "sft", parts, load) == "update"
     assert parts["total"] == pytest.approx(20 * shape.parameters, rel=0.01)
     fused = replace(recipe, optim="adamw_torch_fused")
-    assert highest_moment(shape, fused, estimate(shape, fused, "sft"), load) == "backward ends"
+    assert highest_moment(shape, fused, "sft", estimate(shape, fused, "sft"), load) == "backward ends"
     assert estimate(shape, recipe, "sft", devices=2)["total"] > parts["total"], "DDP's buckets"
     shards = [estimate(shape, replace(recipe, fsdp="full_shard"), "sft", devices=n)["total"] for n in (2, 4, 8)]
     assert parts["total"] / 2 < shards[0] < 0.75 * parts["total"] and shards[2] < shards[1] < shards[0]
+    wide = replace(recipe, per_device_eval_batch_size=512)
+    assert highest_moment(shape, wide, "sft", estimate(shape, wide, "sft"), load) == "evaluation"
+    adapters = replace(recipe, use_peft=True, dtype="bfloat16", reference_batch_tokens=400_000, do_eval=False)
+    assert highest_moment(shape, adapters, "dpo", estimate(shape, adapters, "dpo"), load) == "reference pass"
     paged = replace(recipe, use_peft=True, optim="paged_adamw_32bit")
     assert estimate(shape, paged, "sft")["optimizer"] == 0 < estimate(shape, paged, "sft")["paged optimizer"]
