@@ -396,6 +396,8 @@ def test_the_command_prints_tables_or_json_and_exits_with_0_or_2(tiny: Path) -> 
     result = run(TINY_SFT, "--json", "--learning_rate", "0.01")
     answer = json.loads(result.stdout)
     assert result.exit_code == 0 and answer["usable"] and answer["findings"][0]["key"] == "learning_rate"
+    result = run(TINY_SFT, "--card", "h200", "--gpus", "2")
+    assert result.exit_code == 0 and "proposal" in result.stdout and "2 x h200" in result.stdout
     result = run(TINY_SFT, "--dataset_mixer", "{nowhere.jsonl: 1.0}")
     assert result.exit_code == 2 and "not ok" in result.stdout
 
