@@ -473,7 +473,7 @@ def misses(runs: Sequence[tuple[dict[str, Any], ModelShape, Recipe]], card: Card
         ]
         if row.get("reference_seconds"):
             pairs.append((made["reference"] * row["reference_tokens"] / row["tokens"], row["reference_seconds"]))
-        found += [math.log(ours / max(seen, 1e-4)) for ours, seen in pairs]
+        found += [math.log(ours / max(seen, 1e-3)) for ours, seen in pairs]
     return found
 
 
