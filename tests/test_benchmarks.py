@@ -21,7 +21,18 @@ from tests.bench.standin import MambaLMHeadModel
 from tests.train.conftest import byte_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("common", "context_pair", "ops", "train_step", "real_data", "sft_real", "dpo_real", "long_context", "plot")
+SCRIPTS = (
+    "common",
+    "context_pair",
+    "ops",
+    "train_step",
+    "real_data",
+    "sft_real",
+    "dpo_real",
+    "long_context",
+    "plan",
+    "plot",
+)
 
 
 @pytest.fixture
@@ -206,6 +217,38 @@ def test_memory_that_runs_out(script: Callable[[str], ModuleType]) -> None:
     assert fits(needs_less_than, 16) == 4
     with pytest.raises(torch.OutOfMemoryError):
         fits(lambda rows: needs_less_than(6), 2)
+
+
+def test_plan(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, file = script("plan"), tmp_path / "plan.json"
+    broken = plan.Case("tiny", "sft", "full", 2, 64, {"max_tokens_per_device": 1})
+    monkeypatch.setattr(plan, "TINY", [plan.TINY[1], plan.TINY[5], broken])
+    plan.main(["--tiny", "--repeats", "1", "--json", str(file)])
+    sft, dpo, refused = json.loads(file.read_text())["rows"]
+    assert (sft["tokens"], sft["passes"], sft["targets"]) == (128, 2, 2 * 48)
+    assert (dpo["tokens"], dpo["targets"], dpo["reference_tokens"]) == (128, 96, 4 * 128)
+    for row in (sft, dpo):
+        parts = [row[f"{name}_seconds"] for name in ("forward", "backward", "clip", "optimizer")]
+        assert min(parts) > 0 and sum(parts) < 2 * row["seconds"] and row["planned"]["seconds"]["step"] > 0
+    assert "max_tokens_per_device" in refused["missing"]
+    capsys.readouterr()
+    plan.main(["--fit", str(file)])
+    printed = capsys.readouterr().out
+    assert "host_forward: float" in printed and "tiny dpo  lora" in printed
+
+
+def test_the_plan_is_measured_for_every_method(script: Callable[[str], ModuleType]) -> None:
+    cases = script("plan").CASES
+    assert {(c.size, c.stage, c.method) for c in cases} == {
+        (size, stage, method)
+        for size in ("130m", "2.8b")
+        for stage in ("sft", "dpo")
+        for method in ("full", "lora", "qlora")
+    }
+    assert any(c.limit_gb == 24 and c.recipe.load_in_4bit and c.size == "2.8b" and c.length == 2048 for c in cases)
+    assert {c.recipe.gradient_checkpointing for c in cases} == {False, True, "selective"}
 
 
 def test_batches_that_stand_for_all(script: Callable[[str], ModuleType]) -> None:

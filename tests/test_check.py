@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from mambalign.check import CheckReport, ModelShape, check, estimate, known_mistakes
-from mambalign.check.memory import kept_bytes_per_token, tokens_per_forward
+from mambalign.check.memory import tokens_per_forward
 from mambalign.cli import app
 from mambalign.models.checkpoint import load_model, load_tokenizer, save_model
 from mambalign.models.reward import with_reward_head
@@ -115,48 +113,6 @@ def test_configs_of_other_models_are_refused() -> None:
         ModelShape.from_config({"d_model": 8})
 
 
-@pytest.mark.parametrize("case", ["mamba", "mamba2", "mamba on a GPU"])
-def test_what_a_forward_pass_keeps_is_near_the_formula(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that autograd really holds, tensors that share storage once, against the formula."""
-    from transformers import AutoConfig
-
-    from mambalign.models.mamba import model_class
-    from mambalign.ops import nvrtc
-    from mambalign.ops.segments import Segments
-
-    family, kernels = case.split()[0], "GPU" in case
-    sizes = {"mamba": {"state_size": 16}, "mamba2": {"state_size": 32, "num_heads": 16, "head_dim": 16, "n_groups": 1}}
-    config = AutoConfig.for_model(family, hidden_size=128, num_hidden_layers=4, vocab_size=64, **sizes[family])
-    model: Any = model_class(config)(config).train()
-    if kernels:  # what they would keep; nothing is launched
-        stub = SimpleNamespace(launch=lambda *_: None)
-        monkeypatch.setattr(
-            nvrtc, "module", lambda _, macros, device: SimpleNamespace(macros=dict(macros), **vars(stub))
-        )
-        monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
-        monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
-        model = model.bfloat16()
-        model.set_backend("cuda")
-    tokens = 256
-    ids = torch.randint(64, (1, tokens))
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, Any] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            held[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        positions = torch.arange(tokens - 1)
-        model(ids, segments=Segments.from_lengths([tokens]), target_positions=positions, target_ids=ids[0, 1:])
-    measured = sum(storage.nbytes() for storage in held.values()) / tokens
-    shape = replace(ModelShape.from_config(config.to_dict()), kernels=kernels)
-    kept = kept_bytes_per_token(shape, 2 if kernels else 4, checkpointing=False)
-    assert kept == pytest.approx(measured, rel=0.1 if kernels else 0.25)
-
-
 def test_the_estimate_follows_the_recipe() -> None:
     shape = ModelShape(hidden=2560, layers=64, vocab=50280, inner=5120, rank=160)
     count = shape.parameters
@@ -166,12 +122,15 @@ def test_the_estimate_follows_the_recipe() -> None:
 
     full = parts(bf16=True, gradient_checkpointing=True, per_device_train_batch_size=4)
     fixed = full["weights"] + full["autocast copies"] + full["gradients"] + full["optimizer"]
-    assert fixed == 18 * count
+    assert fixed == pytest.approx(18 * count, rel=1e-3)
     assert parts()["autocast copies"] == 0 and parts(dtype="bfloat16")["weights"] == 2 * count
     assert parts(optim="adamw_8bit")["optimizer"] == 2 * count
     assert parts()["kept for backward"] > 5 * parts(gradient_checkpointing=True)["kept for backward"]
     # What tests/models/test_recompute.py measures to the byte.
-    dropped = parts(bf16=True)["total"] - parts(bf16=True, gradient_checkpointing="selective")["total"]
+    dropped = (
+        parts(bf16=True)["kept for backward"]
+        - parts(bf16=True, gradient_checkpointing="selective")["kept for backward"]
+    )
     assert dropped == pytest.approx(64 * 2 * (2560 + 2 * 5120) * tokens_per_forward(Recipe(), "sft"))
     adapters = parts(use_peft=True, lora_r=8, lora_target_modules=["in_proj"], lora_modules_to_save=["A_log", "D"])
     trained = 64 * (8 * (2560 + 2 * 5120) + 5120 * 17)
@@ -185,7 +144,9 @@ def test_the_estimate_follows_the_recipe() -> None:
     expected = 0.5625 * large + 2 * (count - large) + 4 * trained + 2 * 2560 * 10240
     assert packed["weights"] == pytest.approx(expected)
     assert packed["kept for backward"] > parts(dtype="bfloat16", bf16=True)["kept for backward"]
-    assert full["total"] == pytest.approx(sum(v for k, v in full.items() if k != "total"))
+    # Not all at once: gradients come while what is kept goes.
+    assert full["total"] < sum(v for k, v in full.items() if k != "total")
+    assert full["total"] > full["weights"] + full["gradients"] + full["optimizer"]
 
 
 def test_a_bound_on_tokens_bounds_the_forward_pass() -> None:
@@ -435,8 +396,27 @@ def test_the_command_prints_tables_or_json_and_exits_with_0_or_2(tiny: Path) -> 
     result = run(TINY_SFT, "--json", "--learning_rate", "0.01")
     answer = json.loads(result.stdout)
     assert result.exit_code == 0 and answer["usable"] and answer["findings"][0]["key"] == "learning_rate"
+    result = run(TINY_SFT, "--card", "h200", "--gpus", "2")
+    assert result.exit_code == 0 and "proposal" in result.stdout and "2 x h200" in result.stdout
     result = run(TINY_SFT, "--dataset_mixer", "{nowhere.jsonl: 1.0}")
     assert result.exit_code == 2 and "not ok" in result.stdout
+
+
+def test_a_card_is_planned_for_on_any_machine(tiny: Path) -> None:
+    report = check(TINY_SFT, card="h200")
+    planned, proposal, batch = (report.sections[name] for name in ("plan", "proposal", "batch"))
+    assert report.usable and planned["fits"] and planned["card"] == "1 x h200, 141 GB"
+    assert planned["hours"] == pytest.approx(batch["steps"] * planned["step_seconds"] / 3600, rel=0.02)
+    assert report.sections["memory_gb"]["context"] > 0 and planned["device_gb"] >= planned["of_it_tensors_gb"]
+    rows = proposal["per_device_train_batch_size"] * proposal["gradient_accumulation_steps"] * proposal["gpus"]
+    assert rows == batch["rows_per_step"] and proposal["step_seconds"] <= planned["step_seconds"]
+    assert check(TINY_SFT, proposal["add"].split(), card="h200").sections["plan"]["fits"]
+    assert found(check(TINY_SFT, card="h20"), "card", "did you mean 'h200'", "error")
+    small = check(TINY_SFT, card="0.5gb", gpus=2)
+    assert not small.sections["plan"]["fits"] and "none" in small.sections["proposal"]
+    assert found(small, "per_device_train_batch_size", "of the 0.5 GB", "warning")
+    dpo = check(TINY_DPO, ["--model_name_or_path", "data/tiny/base", "--chat_template", "zephyr"], card="h100")
+    assert dpo.sections["plan"]["reference_hours"] > 0 and "h200" in dpo.sections["plan"]["give_or_take"]
 
 
 def test_a_sample_stands_for_all_rows(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

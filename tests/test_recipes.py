@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mambalign.check import ModelShape, estimate, known_mistakes
+from mambalign.check.memory import on_gpu
 from mambalign.recipe import PAIR_STAGES, Recipe, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -31,12 +32,14 @@ ORIGINAL = {
 
 def shape_of(model: str) -> ModelShape:
     if model == "falcon-mamba-7b":
-        return ModelShape(hidden=4096, layers=64, vocab=65024, inner=8192, rank=256, tied=False)
+        return ModelShape(
+            hidden=4096, layers=64, vocab=65024, inner=8192, rank=256, tied=False, inner_norms=True, kernels=True
+        )
     hidden, layers = ORIGINAL[model]
     config = {"d_model": hidden, "n_layer": layers, "vocab_size": 50277, "pad_vocab_size_multiple": 8}
     if model.startswith("mamba2"):
         config |= {"ssm_cfg": {"layer": "Mamba2"}, "pad_vocab_size_multiple": 16}
-    return ModelShape.from_config(config)
+    return on_gpu(ModelShape.from_config(config))
 
 
 def load(path: Path) -> Recipe:

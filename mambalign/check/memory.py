@@ -1,307 +1,291 @@
-"""How large a run is, from shapes alone: parameters, and bytes on one device. Formulas, not measurements.
+"""The memory of a run on one device, by parts and by moments, from shapes alone. It follows what the code allocates.
 
-With P parameters, d = hidden size, E = inner size, N = state size, R = rank of dt, c = bytes of the compute type:
+With P parameters, d = hidden size, E = inner size, N = state size, R = rank of dt, c = bytes of an activation:
 
-    weights    4 P      (2 P when they are stored in bfloat16), and 2 P of bfloat16 copies that autocast keeps
+    weights    4 P      (2 P when they are stored in bfloat16)
+    copies     2 P      bfloat16 copies that autocast makes of fp32 weights, until the backward pass has used them
     gradients  4 P      in the type of the weights
-    AdamW      8 P      two fp32 moments (2 P in 8 bits, 0 for plain SGD)
-    kept       per token and layer, for the backward pass: d (8 + 2c) + E (6c + 4) + 2c (R + 2N) + 4 E N / 32
-               on a GPU with our kernels d (4 + c) + 5c E + c (R + 2N) + 4 E N / 32
-               gradient_checkpointing: selective drops c (d + 2E) of it, the outputs of norm, convolution, dt_proj
-               gradient_checkpointing: true leaves only 4 d, and the above once, for the layer at hand
-               of a Mamba-2 with H heads and G groups: d (8 + 2c) + 5c E + 4c G N + (c + 16) H, of which selective
-               drops c (d + 2E + 2 G N), the outputs of both norms and the convolution
-    working    per token, once: 32 E for the fp32 vectors of the scan's backward pass
-               on a GPU with our kernels 16 E, for gradients and the shares of dB and dC
-               of a Mamba-2: 16 E, and three times the states between chunks, 12 E N / 64
-    head       128 MiB: logits exist for a chunk of rows only
+    AdamW      8 P      two moments in the type of the weights (2 P in 8 bits, 0 for plain SGD)
+    update     4 P      a temporary of `adamw_torch` on a GPU, while it updates; fused ones have none
+    kept       per token and layer, for the backward pass, by our kernels on a GPU
+                   d (4 + c) + 5 c E + c (R + 2 N) + 4 E N / 32
+               gradient_checkpointing: selective drops c (d + 2 E) of it, true all but 4 d
+    working    per token, once: (3 c + 5) E for the gradients in a layer that goes backwards; with selective or true
+               also what that layer computes again
+    head       logits exist for a chunk of rows, 2^27 numbers on a GPU, two of them while one is replaced
 
-With adapters (LoRA) only they and what `lora_modules_to_save` names have gradients and moments, in fp32; the frozen
-weights lie in their stored type. Quantised, in_proj and out_proj lie in 4 bits and half a bit for their constants (an
-fp32 number for 64 weights; or in 8 bits), and the one that is multiplied at the moment is unpacked. An adapter keeps a
-copy of its input, with dropout a byte of mask for each number, and r numbers a token.
+With LoRA only the adapters, and what `lora_modules_to_save` names, have gradients and moments, in fp32. Frozen weights
+lie in their stored type, in_proj and out_proj perhaps in 4 bits with a constant for every 64 (fp32, or nested: 8 bits
+and an fp32 number for 256), and the one that is multiplied is unpacked. A frozen matrix does not keep its input, but an
+adapter keeps a copy of it and a mask of its dropout: about as much.
 
-What is not in it: the CUDA context (about 0.5 GB), fragmentation, other programs. Expect +-25 %.
+Not all of this is there at once. Four moments can be the highest:
+
+    forward ends       weights, moments, copies, all that is kept, and the head with its logits
+    backward begins    the same (without copies, where layers are computed again), and the last layer's working memory
+    backward ends      weights, moments, gradients, and the first layer's working memory
+    update             weights, moments, gradients, and the update's temporary
+
+and, seldom, evaluation and a DPO's reference pass, which keep nothing of a layer but may read larger batches.
+
+With several forward passes a step, gradients are there at every moment. DDP adds buckets as large as the gradients;
+`fsdp: full_shard` divides weights, gradients and moments by the number of devices, and gathers two blocks at a time.
+
+`total` is the highest moment, which is what `torch.cuda.max_memory_allocated` shows. `device` is what a card must have:
+besides, `context` for CUDA and its libraries, `fragments`, what the allocator takes from the card and cannot use, and
+the moments of a paged optimizer, which move to the host where the card is full.
+`tests/check/test_memory.py` compares all this with what the code really allocates, tensor by tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from mambalign.recipe import PAIR_STAGES, Recipe, UserError
+from mambalign.check.shapes import Adapters, ModelShape
+from mambalign.recipe import PAIR_STAGES, Recipe
 
-HEAD_BYTES = 128 * 2**20
-SCAN_TILE = 32  # tokens for which the scan keeps one state
-CHUNK = 64  # the same of a Mamba-2
-MAMBA_TYPES = ("mamba", "falcon_mamba", "mamba2")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that decide parameters and memory of a Mamba-1 or Falcon-Mamba model (of a Mamba-2: `Mamba2Shape`)."""
-
-    hidden: int
-    layers: int
-    vocab: int
-    inner: int
-    rank: int
-    state: int = 16
-    conv: int = 4
-    tied: bool = True
-    conv_bias: bool = True
-    proj_bias: bool = False
-    kernels: bool = False  # whether our own run it, on a GPU
-
-    scan = "selective_scan"  # the op
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """From a config.json, in the Hugging Face or the original state-spaces layout.
-
-        Raises:
-            UserError: not a model of these families.
-        """
-        try:
-            return cls._original(config) if "d_model" in config else cls._hugging_face(config)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the model's config.json is incomplete: {error} is missing or wrong") from error
-
-    @classmethod
-    def _original(cls, config: Mapping[str, Any]) -> ModelShape:
-        ssm = config.get("ssm_cfg") or {}
-        layer = ssm.get("layer", "Mamba1")
-        if layer not in ("Mamba1", "Mamba2"):
-            raise UserError(f"the model's config.json names layer {layer!r}; supported are Mamba1 and Mamba2")
-        hidden, multiple = int(config["d_model"]), int(config.get("pad_vocab_size_multiple") or 1)
-        inner = int(ssm.get("expand", 2)) * hidden
-        common: dict[str, Any] = {
-            "hidden": hidden,
-            "layers": int(config["n_layer"]),
-            "vocab": math.ceil(int(config["vocab_size"]) / multiple) * multiple,
-            "inner": inner,
-            "conv": int(ssm.get("d_conv", 4)),
-            "tied": bool(config.get("tie_embeddings", True)),
-            "conv_bias": bool(ssm.get("conv_bias", True)),
-            "proj_bias": bool(ssm.get("bias", False)),
-        }
-        if layer == "Mamba2":
-            heads, groups = inner // int(ssm.get("headdim", 64)), int(ssm.get("ngroups", 1))
-            gated_norm = bool(ssm.get("rmsnorm", True))
-            state = int(ssm.get("d_state", 128))
-            return Mamba2Shape(**common, rank=heads, state=state, groups=groups, gated_norm=gated_norm)
-        return ModelShape(**common, rank=_rank(ssm.get("dt_rank", "auto"), hidden), state=int(ssm.get("d_state", 16)))
-
-    @classmethod
-    def _hugging_face(cls, config: Mapping[str, Any]) -> ModelShape:
-        kind = config.get("model_type")
-        if kind not in MAMBA_TYPES:
-            raise UserError(f"the model is of type {kind!r}; supported are {', '.join(MAMBA_TYPES)}")
-        hidden = int(config["hidden_size"])
-        common: dict[str, Any] = {
-            "hidden": hidden,
-            "layers": int(config["num_hidden_layers"]),
-            "vocab": int(config["vocab_size"]),
-            "inner": int(config.get("intermediate_size") or config.get("expand", 2) * hidden),
-            "conv": int(config.get("conv_kernel", 4)),
-            "tied": bool(config.get("tie_word_embeddings", kind != "mamba2")),
-            "conv_bias": bool(config.get("use_conv_bias", True)),
-            "proj_bias": bool(config.get("use_bias", False)),
-        }
-        if kind == "mamba2":
-            return Mamba2Shape(
-                **common,
-                rank=int(config.get("num_heads", 128)),
-                state=int(config.get("state_size", 128)),
-                groups=int(config.get("n_groups", 8)),
-                gated_norm=config.get("gated_norm") != "none",
-            )
-        rank = _rank(config.get("time_step_rank", "auto"), hidden)
-        return ModelShape(**common, rank=rank, state=int(config.get("state_size", 16)))
-
-    @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of every linear map of a layer."""
-        return {
-            "in_proj": (self.hidden, 2 * self.inner),
-            "x_proj": (self.inner, self.rank + 2 * self.state),
-            "dt_proj": (self.rank, self.inner),
-            "out_proj": (self.inner, self.hidden),
-        }
-
-    @property
-    def layer_parameters(self) -> int:
-        matrices = sum(i * o for i, o in self.projections.values())
-        biases = self.proj_bias * (2 * self.inner + self.hidden)
-        return matrices + biases + sum(self.small.values()) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """All parameters, a tied head once."""
-        heads = 1 if self.tied else 2
-        return self.layers * self.layer_parameters + heads * self.vocab * self.hidden + self.hidden
-
-    def lora_parameters(self, rank: int, modules: list[str] | None) -> int:
-        """Parameters of LoRA adapters on the named modules (None: in_proj and out_proj; all-linear: all four)."""
-        wanted = self._adapted(modules)
-        embeddings = sum(name in wanted for name in ("embeddings", "lm_head"))
-        layers = self.layers * sum(rank * sum(size) for name, size in self.projections.items() if name in wanted)
-        return layers + embeddings * rank * (self.vocab + self.hidden)
-
-    def lora_kept(self, rank: int, modules: list[str] | None, compute_bytes: int) -> float:
-        """Bytes that adapters keep per token and layer: their input, its dropout mask, and rank numbers."""
-        wanted = self._adapted(modules)
-        sizes = [size for name, (size, _) in self.projections.items() if name in wanted]
-        return sum(compute_bytes * rank + (compute_bytes + 1) * size for size in sizes)
-
-    def _adapted(self, modules: list[str] | None) -> set[str]:
-        names = {name.split(".")[-1] for name in modules or ("in_proj", "out_proj")}
-        return names | (set(self.projections) if "all-linear" in names else set())
-
-    @property
-    def quantised(self) -> int:
-        """Weights that load_in_4bit and load_in_8bit reach."""
-        return self.layers * sum(math.prod(self.projections[name]) for name in ("in_proj", "out_proj"))
-
-    def full_parameters(self, names: list[str] | None) -> int:
-        """Parameters of what `lora_modules_to_save` names."""
-        sizes = {name: self.layers * math.prod(size) for name, size in self.projections.items()}
-        sizes |= {name: self.layers * size for name, size in self.small.items()}
-        sizes |= {
-            "norm": self.layers * self.hidden,
-            "norm_f": self.hidden,
-            "embeddings": self.vocab * self.hidden,
-            "lm_head": 0 if self.tied and "embeddings" in (names or []) else self.vocab * self.hidden,
-        }
-        return sum(sizes.get(name.split(".")[-1], 0) for name in names or [])
-
-    @property
-    def small(self) -> dict[str, int]:
-        """Numbers in the parameters of a layer's convolution and scan, dt_proj's bias among them."""
-        conv = self.inner * (self.conv + self.conv_bias)
-        return {"A_log": self.inner * self.state, "D": self.inner, "bias": self.inner, "conv1d": conv}
-
-    def kept_in_layer(self, compute_bytes: int) -> float:
-        """Bytes a token leaves behind in one layer for the backward pass."""
-        c = compute_bytes
-        states = 4 * self.inner * self.state / SCAN_TILE
-        if self.kernels:
-            return self.hidden * (4 + c) + 5 * c * self.inner + c * (self.rank + 2 * self.state) + states
-        return self.hidden * (8 + 2 * c) + self.inner * (6 * c + 4) + 2 * c * (self.rank + 2 * self.state) + states
-
-    def dropped_in_layer(self, compute_bytes: int) -> float:
-        """What of it selective recomputation makes again."""
-        return compute_bytes * (self.hidden + 2 * self.inner)
-
-    @property
-    def working(self) -> float:
-        """Bytes a token takes while the scan of one layer goes backwards."""
-        return (16 if self.kernels else 32) * self.inner
+CPU_CHUNK, GPU_CHUNK = 1 << 24, 1 << 27  # logits at a time: `ops.token_logps.CHUNK_ELEMENTS`
+QUANTISED_BLOCK, NESTED_BLOCK = 64, 256  # weights of a constant, constants of a constant: bitsandbytes'
+CONTEXT_BYTES = 0.6e9  # CUDA's context, the kernels of the libraries, their workspaces
+FRAGMENTS = 0.06  # of `total`; measured as reserved over allocated
 
 
 @dataclass(frozen=True)
-class Mamba2Shape(ModelShape):
-    """The same of a Mamba-2; `rank` is the number of heads, for a step size is all that is made for each."""
+class Load:
+    """What one device sees in one optimizer step.
 
-    groups: int = 1
-    gated_norm: bool = True
+    tokens: of a forward pass, at most. targets: of them, the ones that predict something. passes: forward passes.
+    """
 
-    scan = "ssd"
-
-    @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of every linear map of a layer."""
-        into = 2 * self.inner + 2 * self.groups * self.state + self.rank
-        return {"in_proj": (self.hidden, into), "out_proj": (self.inner, self.hidden)}
-
-    @property
-    def layer_parameters(self) -> int:
-        matrices = sum(i * o for i, o in self.projections.values())
-        biases = self.proj_bias * sum(o for _, o in self.projections.values())
-        # The gated norm; the norm before.
-        return matrices + biases + sum(self.small.values()) + self.inner * self.gated_norm + self.hidden
-
-    @property
-    def small(self) -> dict[str, int]:
-        conv = (self.inner + 2 * self.groups * self.state) * (self.conv + self.conv_bias)
-        return {"A_log": self.rank, "D": self.rank, "dt_bias": self.rank, "conv1d": conv}
-
-    def kept_in_layer(self, compute_bytes: int) -> float:
-        """Bytes a token leaves behind in one layer for the backward pass."""
-        c = compute_bytes
-        shared = self.groups * self.state
-        return self.hidden * (8 + 2 * c) + 5 * c * self.inner + 4 * c * shared + (c + 16) * self.rank
-
-    def dropped_in_layer(self, compute_bytes: int) -> float:
-        """What of it selective recomputation makes again."""
-        return compute_bytes * (self.hidden + 2 * self.inner + 2 * self.groups * self.state)
-
-    @property
-    def working(self) -> float:
-        """Bytes a token takes while the scan of one layer goes backwards."""
-        return self.inner * (16 + 12 * self.state / CHUNK)
+    tokens: int
+    targets: int
+    passes: int = 1
 
 
-def _rank(written: Any, hidden: int) -> int:
-    return math.ceil(hidden / 16) if written == "auto" else int(written)
-
-
-def kept_bytes_per_token(shape: ModelShape, compute_bytes: int, checkpointing: bool | str) -> float:
-    """Bytes a token leaves behind in the whole forward pass for the backward pass; `checkpointing` as in a recipe."""
-    layer = shape.kept_in_layer(compute_bytes)
-    if checkpointing == "selective":
-        return (layer - shape.dropped_in_layer(compute_bytes)) * shape.layers
-    return 4 * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
-
-
-def optimizer_bytes(optim: str) -> float:
-    """Optimizer state in bytes a trained parameter."""
-    if "8bit" in optim:
-        return 2
-    if optim.startswith("sgd") or "adafactor" in optim:
-        return 0
-    return 4 if optim.startswith(("lion", "adagrad", "rmsprop")) else 8
+def load_of(recipe: Recipe, stage: str, devices: int = 1) -> Load:
+    """The most that the recipe allows: full rows, or pairs of two completions of max_length."""
+    tokens, whole = tokens_per_forward(recipe, stage), _tokens_per_batch(recipe, stage)
+    batches = recipe.gradient_accumulation_steps or 1
+    if recipe.global_batch_size is not None:
+        batches = math.ceil(recipe.global_batch_size / recipe.per_device_train_batch_size / devices)
+    return Load(tokens, tokens, batches * math.ceil(whole / tokens))
 
 
 def tokens_per_forward(recipe: Recipe, stage: str) -> int:
     """The most tokens a device may see in one forward pass: rows of max_length, or pairs of two completions."""
     if recipe.state_passing != "off":
         return recipe.state_passing_chunk  # whatever the rows are; a batch may hold a document of any length
-    tokens = recipe.per_device_train_batch_size * recipe.max_length * (2 if stage in PAIR_STAGES else 1)
+    tokens = _tokens_per_batch(recipe, stage)
     return min(tokens, recipe.max_tokens_per_device or tokens)
 
 
-def estimate(shape: ModelShape, recipe: Recipe, stage: str) -> dict[str, float]:
-    """Bytes on one device by part, and their sum under "total"; without any sharding over devices."""
-    count = shape.parameters
-    stored: float = 2 if recipe.dtype in ("bfloat16", "float16") else 4
-    mixed = recipe.bf16 or recipe.fp16
-    compute = 2 if mixed or stored == 2 else 4
-    tokens = tokens_per_forward(recipe, stage)
-    head = 0 if stage == "reward" else HEAD_BYTES  # a score needs no logits
-    kept = kept_bytes_per_token(shape, compute, recipe.gradient_checkpointing)
-    trained, weights, trained_bytes = count, stored * count, stored
-    if recipe.use_peft:
-        trained = shape.lora_parameters(recipe.lora_r, recipe.lora_target_modules)
-        trained += shape.full_parameters(recipe.lora_modules_to_save)
-        bits = 0.5 * 1.125 if recipe.load_in_4bit else 1.0 if recipe.load_in_8bit else stored
-        quantised, largest = shape.quantised, max(math.prod(size) for size in shape.projections.values())
-        unpacked = compute * largest if bits != stored else 0
-        weights = bits * quantised + stored * (count - quantised) + 4 * trained + unpacked
-        trained_bytes = 4
-        layers = 1 if recipe.gradient_checkpointing is True else shape.layers
-        kept += layers * shape.lora_kept(recipe.lora_r, recipe.lora_target_modules, compute)
-    parts: dict[str, float] = {
-        "weights": weights,
-        # autocast keeps copies of what trains; a frozen fp32 weight is copied at every use and let go.
-        "autocast copies": 2 * trained if mixed and trained_bytes == 4 else 0,
-        "gradients": trained_bytes * trained,
-        "optimizer": optimizer_bytes(recipe.optim) * trained,
-        "kept for backward": kept * tokens,
-        "working": shape.working * tokens,
-        "head": head,
-    }
-    parts["total"] = sum(parts.values())
+def _tokens_per_batch(recipe: Recipe, stage: str) -> int:
+    return recipe.per_device_train_batch_size * recipe.max_length * (2 if stage in PAIR_STAGES else 1)
+
+
+@dataclass(frozen=True)
+class Types:
+    """Bytes of a stored weight and of an activation; `mixed`: autocast computes on copies."""
+
+    stored: int
+    compute: int
+    mixed: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Types:
+        stored, mixed = (2 if recipe.dtype in ("bfloat16", "float16") else 4), recipe.bf16 or recipe.fp16
+        return cls(stored, 2 if mixed or stored == 2 else 4, mixed)
+
+
+def adapters_of(recipe: Recipe, on_gpu: bool) -> Adapters | None:
+    """None where all weights train."""
+    if not recipe.use_peft:
+        return None
+    types = Types.of(recipe)
+    modules = None if recipe.lora_target_modules is None else tuple(recipe.lora_target_modules)
+    # A dropout's mask is bytes on a GPU, and numbers of the input's type, which PEFT makes fp32, on a CPU.
+    mask = (1 if on_gpu else 4) if recipe.lora_dropout else 0
+    return Adapters(recipe.lora_r, modules, 2 if types.mixed else 4, mask)
+
+
+def kept_bytes_per_token(
+    shape: ModelShape, compute_bytes: int, checkpointing: bool | str, adapters: Adapters | None = None
+) -> float:
+    """Bytes a token leaves behind in the whole forward pass for the backward pass; `checkpointing` as in a recipe."""
+    layer = shape.kept_in_layer(compute_bytes, adapters)
+    if checkpointing == "selective":
+        layer -= shape.dropped_in_layer(compute_bytes, adapters)
+    elif checkpointing:
+        layer = 4.0 * shape.hidden
+    last_norm = (4 if shape.kernels else 8) * shape.hidden
+    return layer * shape.layers + last_norm
+
+
+def working_bytes_per_token(
+    shape: ModelShape, compute_bytes: int, checkpointing: bool | str, adapters: Adapters | None = None
+) -> float:
+    """Bytes a token takes, beside what is kept, in the layer that runs."""
+    # An adapter's input lies there twice in fp32, beside the output it is added to.
+    wide = 0 if adapters is None else 8 + 2 * compute_bytes + 2 * max(0, adapters.copy - compute_bytes)
+    forward = shape.inner * (wide or 4)
+    backward = shape.working(compute_bytes)
+    if checkpointing == "selective":
+        return max(forward, backward) + 0.8 * shape.dropped_in_layer(compute_bytes, adapters)
+    if checkpointing:  # the layer runs forwards again, with the gradients of its outputs waiting
+        again = shape.kept_in_layer(compute_bytes, adapters) - 4 * shape.hidden
+        return again + max(forward + 5 * shape.hidden, backward)
+    return max(forward, backward)
+
+
+def optimizer_bytes(optim: str, stored: int = 4) -> float:
+    """Optimizer state in bytes a trained parameter of `stored` bytes."""
+    if "8bit" in optim:
+        return 2
+    if optim.startswith("sgd") or "adafactor" in optim:
+        return 0
+    moment = stored if optim in ("adamw_torch", "adamw_torch_fused") else 4
+    return moment if optim.startswith(("lion", "adagrad", "rmsprop")) else 2 * moment
+
+
+def quantised_bytes(recipe: Recipe, stored: float) -> float:
+    """Bytes of a weight of in_proj or out_proj."""
+    if recipe.load_in_4bit:
+        constants = (1 + 4 / NESTED_BLOCK if recipe.use_bnb_nested_quant else 4) / QUANTISED_BLOCK
+        return 0.5 + constants
+    return 1.0 if recipe.load_in_8bit else stored
+
+
+def estimate(
+    shape: ModelShape, recipe: Recipe, stage: str, devices: int = 1, load: Load | None = None
+) -> dict[str, float]:
+    """Bytes on one device: by part, at the highest moment ("total"), and with what no tensor holds ("device").
+
+    Args:
+        devices: processes of the run, one a device.
+        load: what a device sees in a step; None: the most that the recipe allows.
+    """
+    load = load or load_of(recipe, stage, devices)
+    types, on_gpu = Types.of(recipe), shape.kernels
+    adapters = adapters_of(recipe, on_gpu)
+    checkpointing = recipe.gradient_checkpointing
+    parts = _of_weights(shape, recipe, types)
+    kept = kept_bytes_per_token(shape, types.compute, checkpointing, adapters) * load.tokens
+    working = working_bytes_per_token(shape, types.compute, checkpointing, adapters) * load.tokens
+    parts |= {"kept for backward": kept, "working": working}
+    parts |= _head(shape, recipe, types, load, stage)
+    parts["update"] = parts["gradients"] if on_gpu and recipe.optim == "adamw_torch" else 0.0
+    parts["communication"] = 0.0
+    if devices > 1:
+        _distribute(parts, shape, recipe, types, devices)
+    paged = parts["optimizer"] if "paged" in recipe.optim else 0.0
+    parts["optimizer"] -= paged  # it is no tensor of PyTorch's, and can move to the host
+    moments = _moments(parts, shape, recipe, stage, load)
+    parts["total"] = max(moments.values())
+    if on_gpu:
+        parts |= {"context": CONTEXT_BYTES, "fragments": FRAGMENTS * parts["total"], "paged optimizer": paged}
+        parts["device"] = parts["total"] + parts["context"] + parts["fragments"] + paged
     return parts
+
+
+def highest_moment(shape: ModelShape, recipe: Recipe, stage: str, parts: dict[str, float], load: Load) -> str:
+    """The moment of `estimate`'s total."""
+    moments = _moments(parts, shape, recipe, stage, load)
+    return max(moments, key=lambda name: moments[name])
+
+
+def _moments(parts: dict[str, float], shape: ModelShape, recipe: Recipe, stage: str, load: Load) -> dict[str, float]:
+    always = parts["weights"] + parts["optimizer"] + parts["communication"]
+    gradients = parts["gradients"]
+    before = gradients if load.passes > 1 else 0.0
+    kept, copies, working = parts["kept for backward"], parts["autocast copies"], parts["working"]
+    # Layers that are computed again need no copies meanwhile, and end with nothing of a layer kept.
+    again = recipe.gradient_checkpointing is True
+    return {
+        "forward ends": always + before + copies + kept + parts["head"] + parts["logits"],
+        "backward begins": always + before + (0 if again else copies) + kept + parts["head"] + working,
+        "backward ends": always + gradients + kept / shape.layers + working,
+        "update": always + gradients + parts["update"],
+    } | _without_gradients(parts, shape, recipe, stage, always)
+
+
+def _without_gradients(
+    parts: dict[str, float], shape: ModelShape, recipe: Recipe, stage: str, always: float
+) -> dict[str, float]:
+    """Moments of passes that keep nothing: a layer's intermediate results and the head's chunks."""
+    c, pairs = Types.of(recipe).compute, 2 if stage in PAIR_STAGES else 1
+    each = 5 * c * shape.inner + (8 + c) * shape.hidden
+    fixed = parts["autocast copies"] + parts["logits"]
+    moments = {}
+    if recipe.do_eval:
+        tokens = recipe.per_device_eval_batch_size * recipe.max_length * pairs
+        moments["evaluation"] = always + fixed + each * min(tokens, recipe.max_tokens_per_device or tokens)
+    if stage == "dpo":
+        bound = recipe.reference_batch_tokens or recipe.max_tokens_per_device
+        bound = bound or recipe.per_device_train_batch_size * recipe.max_length
+        moments["reference pass"] = parts["weights"] + fixed + each * bound
+    return moments
+
+
+def _of_weights(shape: ModelShape, recipe: Recipe, types: Types) -> dict[str, float]:
+    """What does not depend on the tokens."""
+    count, stored = shape.parameters, types.stored
+    matrices = shape.layers * sum(math.prod(size) for size in shape.projections.values())
+    copies = 2.0 * (matrices + shape.vocab * shape.hidden) if types.mixed and stored == 4 else 0.0
+    if not recipe.use_peft:
+        state = optimizer_bytes(recipe.optim, stored) * count
+        return {
+            "weights": stored * count,
+            "autocast copies": copies,
+            "gradients": stored * count,
+            "optimizer": state,
+        }
+    trained = shape.lora_parameters(recipe.lora_r, recipe.lora_target_modules)
+    trained += shape.full_parameters(recipe.lora_modules_to_save)
+    bits = quantised_bytes(recipe, stored)
+    largest = max(math.prod(size) for size in shape.projections.values())
+    unpacked = types.compute * largest if bits != stored else 0
+    if bits != stored:
+        copies -= 2.0 * shape.quantised if copies else 0.0
+    weights = bits * shape.quantised + stored * (count - shape.quantised) + 4 * trained + unpacked
+    copies += 2.0 * trained if types.mixed else 0.0
+    if recipe.gradient_checkpointing is True and not types.mixed:
+        copies = 0.0
+    return {
+        "weights": weights,
+        "autocast copies": copies,
+        "gradients": 4.0 * trained,
+        "optimizer": optimizer_bytes(recipe.optim) * trained,
+    }
+
+
+def _head(shape: ModelShape, recipe: Recipe, types: Types, load: Load, stage: str) -> dict[str, float]:
+    """The rows that predict, their gradients and the weight's, if it trains: "head"; and the chunks: "logits"."""
+    if stage == "reward":  # a score needs no logits
+        return {"head": 0.0, "logits": 0.0}
+    limit = GPU_CHUNK if shape.kernels else CPU_CHUNK
+    rows = max(1, limit // shape.vocab)
+    chunk = min(load.targets, rows) * shape.vocab * (types.compute if shape.kernels else 4)
+    chunks = chunk * (2 if load.targets > rows or not shape.kernels else 1)
+    predicting = 2 * types.compute * load.targets * shape.hidden
+    weight = 0.0 if recipe.use_peft else 4.0 * shape.vocab * shape.hidden
+    normed = 4.0 * (load.tokens + load.targets) * shape.hidden if types.stored == 4 else 0.0
+    return {"head": predicting + weight, "logits": max(chunks + normed, 1.5 * weight)}
+
+
+def _distribute(parts: dict[str, float], shape: ModelShape, recipe: Recipe, types: Types, devices: int) -> None:
+    """Change `parts` to those of one of several devices."""
+    if not recipe.fsdp:
+        parts["communication"] = parts["gradients"]  # DDP's buckets
+        return
+    for name in ("weights", "gradients", "optimizer", "update"):
+        parts[name] /= devices
+    # Whole: what is in no block, the block that runs and the next one; and gradients before they are split.
+    block = shape.layer_parameters
+    rest = shape.parameters - shape.layers * block
+    parts["communication"] = types.stored * float(rest + 2 * block + (0 if recipe.use_peft else rest + block))
+
+
+def on_gpu(shape: ModelShape) -> ModelShape:
+    """The same model as a GPU runs it."""
+    return replace(shape, kernels=True)

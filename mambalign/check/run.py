@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mambalign.check.memory import ModelShape, estimate, tokens_per_forward
+from mambalign.check.memory import estimate, tokens_per_forward
 from mambalign.check.mistakes import Finding, known_mistakes
+from mambalign.check.plan import Rows, described, plan, propose, words
+from mambalign.check.shapes import ModelShape
+from mambalign.check.speed import Card, card_here, card_named
 from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe
 
 SAMPLE = 1000
@@ -29,6 +32,7 @@ class CheckReport:
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: Rows | None = None  # of the training data, where they could be read
 
     @property
     def errors(self) -> list[Finding]:
@@ -63,7 +67,14 @@ class CheckReport:
 
 
 def check(
-    path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None, devices: int = 1, full: bool = False
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    stage: str | None = None,
+    devices: int = 1,
+    full: bool = False,
+    card: str | None = None,
+    gpus: int | None = None,
 ) -> CheckReport:
     """Check a recipe as the run would read it.
 
@@ -72,6 +83,9 @@ def check(
         stage: what it is for; None: its key `stage`, or the folder it lies in (`recipes/<model>/<stage>/`).
         devices: how many devices the run will have, for the arithmetic.
         full: tokenise every row instead of a random `SAMPLE` of each kind of split.
+        card: plan memory and time for this card (see `speed.card_named`), and propose what suits it; None: for the GPU
+            of this machine, if there is one.
+        gpus: how many of them a proposal may take; None: as few as it takes.
     """
     report = CheckReport(str(path))
     try:
@@ -84,7 +98,7 @@ def check(
     report.notes = recipe.notes
     shape = None
     with report.step("model_name_or_path"):
-        shape = _model(report, recipe, stage)
+        shape = _model(report, recipe, stage, devices, on_card=card is not None)
     with report.step("load_in_4bit"):
         _bitsandbytes(recipe)
     with report.step("backend"):
@@ -102,6 +116,10 @@ def check(
         _arithmetic(report, recipe, stage, packed_rows, devices)
     with report.step("output_dir"):
         _output(report, recipe, shape)
+    with report.step("card"):
+        target = _card(recipe, card)
+        if target is not None and shape is not None:
+            _plan(report, recipe, stage, shape, target, devices, gpus)
     return report
 
 
@@ -117,8 +135,8 @@ def _stage_of(path: str | Path, overrides: Sequence[str]) -> str:
 # --- model -----------------------------------------------------------------------------------------------------------
 
 
-def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
-    """Reads config.json only; weights are neither downloaded nor opened."""
+def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int, on_card: bool) -> ModelShape:
+    """Reads config.json only; weights are neither downloaded nor opened. `on_card`: not for this machine."""
     from mambalign.models import files
 
     name = recipe.model_name_or_path
@@ -127,7 +145,8 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
         folder = files.resolve_folder(name)
         if files.is_adapter(folder):
             base = str(files.read_json(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path"))
-            return _model(report, replace(recipe, model_name_or_path=base, model_revision=None), stage)
+            recipe = replace(recipe, model_name_or_path=base, model_revision=None)
+            return _model(report, recipe, stage, devices, on_card)
         config = files.read_json(folder / files.CONFIG)
         with report.step("model_name_or_path"):
             files.tensor_specs(files.weight_files(folder))
@@ -140,8 +159,8 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
     if stage == "reward":
         shape = replace(shape, tied=True)  # the language head goes
     _check_head(report, config, name, stage)
-    shape = replace(shape, kernels=_runs_kernels(recipe, shape))
-    parts = estimate(shape, recipe, stage)
+    shape = replace(shape, kernels=on_card or _runs_kernels(recipe, shape))
+    parts = estimate(shape, recipe, stage, devices)
     report.sections["model"] = {
         "name": name,
         "parameters": shape.parameters,
@@ -149,15 +168,16 @@ def _model(report: CheckReport, recipe: Recipe, stage: str) -> ModelShape:
         "hidden_size": shape.hidden,
         "vocabulary_rows": shape.vocab,
     }
-    report.sections["memory_gb"] = {part: _gb(size) for part, size in parts.items()}
+    report.sections["memory_gb"] = {part: _gb(size) for part, size in parts.items() if size or part == "head"}
     report.sections["memory_gb"]["tokens_per_forward"] = tokens_per_forward(recipe, stage)
-    available = _device_memory(recipe)
+    available = None if on_card else _device_memory(recipe)
     if available is not None:
-        report.sections["memory_gb"]["device"] = _gb(available)
-        if parts["total"] > available:
+        report.sections["memory_gb"]["available"] = _gb(available)
+        needed = parts.get("device", parts["total"])
+        if needed > available:
             report.warn(
                 "per_device_train_batch_size",
-                f"the run is estimated at {parts['total'] / 1e9:.1f} GB and the device has {available / 1e9:.1f} GB; "
+                f"the run is estimated at {needed / 1e9:.1f} GB and the device has {available / 1e9:.1f} GB; "
                 "lower it, set max_tokens_per_device, or gradient_checkpointing: selective or true",
             )
     return shape
@@ -184,7 +204,7 @@ def _backends(recipe: Recipe, shape: ModelShape | None) -> dict[str, str]:
 
 def _runs_kernels(recipe: Recipe, shape: ModelShape) -> bool:
     if shape.scan != ModelShape.scan:
-        return False
+        return _device_memory(recipe) is not None
     try:
         return _chosen(recipe, shape)[shape.scan][0] == "cuda"
     except UserError:  # reported under its own key
@@ -218,6 +238,42 @@ def _device_memory(recipe: Recipe) -> int | None:
     if recipe.use_cpu or not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _card(recipe: Recipe, name: str | None) -> Card | None:
+    import torch
+
+    if name is not None:
+        return card_named(name)
+    available = _device_memory(recipe)
+    return None if available is None else card_here(torch.cuda.get_device_name(0), available)
+
+
+def _plan(
+    report: CheckReport, recipe: Recipe, stage: str, shape: ModelShape, card: Card, devices: int, gpus: int | None
+) -> None:
+    """What the run takes on the card, and what would suit it better."""
+    steps = report.sections.get("batch", {}).get("steps")
+    pairs = report.sections.get("train", {}).get("rows") if stage == "dpo" else None
+    planned = plan(shape, recipe, stage, card, devices, report.rows)
+    report.sections["plan"] = described(planned, steps, pairs)
+    if not planned.fits:
+        report.warn(
+            "per_device_train_batch_size",
+            f"a pass may take {planned.parts['device'] / 1e9:.1f} GB of the {card.memory / 1e9:g} GB of {card.name}",
+        )
+    best = propose(shape, recipe, stage, card, gpus, report.rows)
+    if best is None:
+        report.sections["proposal"] = {"none": "nothing with these rows a step fits; try QLoRA or a shorter max_length"}
+        return
+    section = {
+        "gpus": best.devices,
+        "per_device_train_batch_size": best.recipe.per_device_train_batch_size,
+        "gradient_checkpointing": str(best.recipe.gradient_checkpointing).lower(),
+        "gradient_accumulation_steps": best.recipe.accumulation_steps(best.devices),
+    }
+    section |= {"fsdp": best.recipe.fsdp} if best.recipe.fsdp else {}
+    report.sections["proposal"] = section | described(best, steps, pairs) | {"add": words(best, recipe) or "nothing"}
 
 
 # --- tokenizer and template ------------------------------------------------------------------------------------------
@@ -312,7 +368,10 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
     if not pairs:
         section["packed_rows"] = round(len(packed) * scale)
         section["packing_fill"] = round(packed.fill, 4)
-    section["tokens_per_row"] = round(sum(packed.lengths()) / len(packed), 1)
+    lengths = packed.lengths()
+    section["tokens_per_row"] = round(sum(lengths) / len(packed), 1)
+    if kind == "train":
+        report.rows = Rows.of(lengths, section.get("trained_share", 1.0))
     return round(len(packed) * scale)
 
 

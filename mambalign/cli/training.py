@@ -104,10 +104,14 @@ def check(
     stage: Annotated[str | None, typer.Option(help="cpt, sft, dpo or reward, if recipe and folder do not say.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices the run will have.")] = 1,
     full: Annotated[bool, typer.Option("--full", help="Tokenise every row, not a sample of 1000.")] = False,
+    card: Annotated[
+        str | None, typer.Option(help="Plan for this card: h200, h100, a100-80, a100-40, l40s, rtx-4090, 24gb ...")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Cards the proposal may take; as few as it takes.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe without training: files, columns, template, tokens, batch, memory, steps, known mistakes.
+    """Check a recipe without training: files, columns, template, tokens, batch, memory, time, steps, known mistakes.
 
     Exits with 0 when the recipe can be run, with or without warnings, and with 2 when it cannot.
 
@@ -122,7 +126,7 @@ def check(
 
         # The report carries the recipe's notes itself.
         logging.getLogger("mambalign").setLevel(logging.ERROR)
-        report = check_recipe(path, ctx.args, stage=stage, devices=devices, full=full)
+        report = check_recipe(path, ctx.args, stage=stage, devices=devices, full=full, card=card, gpus=gpus)
         if problem:
             report.notes = [*report.notes, f"the hub is offline, {problem}: only what is cached was looked at"]
         if as_json:

@@ -1,0 +1,157 @@
+"""Times against measured steps, what a card's figures change, and proposals that fit and keep the rows of a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mambalign.check.memory import Load
+from mambalign.check.plan import Plan, Rows, described, plan, propose, words
+from mambalign.check.shapes import ModelShape
+from mambalign.check.speed import CARDS, H200, RATES, Card, card_here, card_named, times
+from mambalign.recipe import Recipe, UserError
+
+# docs/performance.md, "Whole steps": tokens a second of forward and backward passes on an H200, every token a target.
+MEASURED = [
+    ("130m", 16 * 2048, {"dtype": "bfloat16"}, False, 290_600),
+    ("130m", 16 * 2048, {"bf16": True}, False, 273_300),
+    ("130m", 16 * 2048, {"bf16": True}, "selective", 285_500),
+    ("130m", 131072, {"dtype": "bfloat16"}, False, 287_500),
+    ("130m", 131072, {"dtype": "bfloat16"}, True, 230_100),
+    ("2.8b", 4 * 2048, {"dtype": "bfloat16"}, "selective", 22_700),
+    ("2.8b", 4 * 2048, {"bf16": True}, True, 17_900),
+]
+SHAPES = {"130m": (768, 24), "790m": (1536, 48), "2.8b": (2560, 64)}
+
+
+def shape_of(size: str) -> ModelShape:
+    hidden, layers = SHAPES[size]
+    return ModelShape(hidden=hidden, layers=layers, vocab=50280, inner=2 * hidden, rank=hidden // 16)
+
+
+@pytest.mark.parametrize(("size", "tokens", "keys", "checkpointing", "speed"), MEASURED)
+def test_measured_steps_are_met(size: str, tokens: int, keys: dict[str, Any], checkpointing: Any, speed: float) -> None:
+    recipe = Recipe(**keys, gradient_checkpointing=checkpointing)
+    seconds = times(shape_of(size), recipe, "sft", H200, Load(tokens, tokens))
+    assert tokens / (seconds["forward"] + seconds["backward"]) == pytest.approx(speed, rel=0.15)
+
+
+def test_time_follows_the_recipe() -> None:
+    shape, load = shape_of("2.8b"), Load(16384, 12288)
+    keys: dict[str, Any] = {"bf16": True, "dtype": "bfloat16", "gradient_checkpointing": True}
+
+    def seconds(passes: int = 1, stage: str = "sft", **more: Any) -> dict[str, float]:
+        return times(shape, Recipe(**keys | more), stage, H200, replace(load, passes=passes))
+
+    full, lora = seconds(), seconds(use_peft=True)
+    qlora = seconds(use_peft=True, load_in_4bit=True)
+    assert lora["optimizer"] < full["optimizer"] / 10
+    assert qlora["forward"] > lora["forward"] and qlora["backward"] > lora["backward"]
+    assert seconds(use_peft=True, lora_r=256)["step"] > lora["step"]
+    assert seconds(use_peft=True, lora_target_modules=["all-linear"])["step"] > lora["step"]
+    kept = seconds(gradient_checkpointing=False)
+    assert kept["backward"] < seconds(gradient_checkpointing="selective")["backward"] < full["backward"]
+    assert seconds(passes=4)["forward"] == pytest.approx(4 * full["forward"])
+    assert seconds(passes=4)["optimizer"] == full["optimizer"]
+    dpo = seconds(stage="dpo")
+    assert dpo["forward"] < full["forward"] and dpo["backward"] > full["backward"], "its logits are made twice"
+    assert 0 < dpo["reference"] <= dpo["forward"]
+    assert seconds(bf16=False, dtype="float32")["step"] > 3 * full["step"], "without tensor cores"
+
+
+def test_a_small_step_waits_for_python() -> None:
+    recipe = Recipe(bf16=True)
+    steps = [times(shape_of("130m"), recipe, "sft", H200, Load(n, n))["step"] for n in (64, 512, 32768)]
+    assert steps[0] == steps[1] > 24 * (RATES.host_forward + RATES.host_backward)
+    assert steps[2] > 1.5 * steps[1]
+
+
+def test_devices_share_and_talk() -> None:
+    shape, load = shape_of("2.8b"), Load(8192, 8192)
+    recipe = Recipe(bf16=True, gradient_checkpointing=True)
+    slow = replace(H200, link=1e9)
+    assert times(shape, recipe, "sft", H200, load, devices=8)["communication"] == 0.0, "hidden behind the backward pass"
+    assert times(shape, recipe, "sft", slow, load, devices=8)["communication"] > 1.0
+    shards = replace(recipe, fsdp="full_shard")
+    alone, eighth = (times(shape, r, "sft", H200, load, devices=8) for r in (recipe, shards))
+    assert eighth["optimizer"] == pytest.approx(alone["optimizer"] / 8)
+    assert times(shape, shards, "sft", slow, load, devices=8)["communication"] > 10.0
+
+
+def test_cards_by_name() -> None:
+    assert card_named("H200") is H200 and card_named("nvidia_h100") is CARDS["h100"]
+    assert card_named("4090") is CARDS["rtx-4090"]
+    assert card_named("24gb") == Card("24gb", 24e9) and not card_named("24GB").has_speed
+    with pytest.raises(UserError, match="did you mean 'h200'"):
+        card_named("h20")
+    assert card_here("NVIDIA H200", 150e9) == replace(H200, memory=150e9)
+    assert card_here("NVIDIA A100-SXM4-80GB", 85e9).matrix == CARDS["a100-80"].matrix
+    assert card_here("NVIDIA GeForce RTX 4090", 25e9).name == "rtx-4090"
+    assert not card_here("Some GPU", 8e9).has_speed
+    order = ["rtx-3090", "rtx-4090", "a100-80", "h100", "h200"]
+    steps = [plan(shape_of("790m"), Recipe(bf16=True), "sft", CARDS[name]).seconds for name in order]
+    assert [s["step"] for s in steps if s] == sorted((s["step"] for s in steps if s), reverse=True)
+
+
+def test_what_is_not_known_is_said() -> None:
+    recipe = Recipe(bf16=True)
+    unknown = plan(shape_of("130m"), recipe, "sft", card_named("24gb"))
+    assert unknown.seconds is None and unknown.speed == 0.0
+    assert "speed of 24gb is not known" in described(unknown)["time"]
+    mamba2 = ModelShape.from_config(
+        {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"}}
+    )
+    assert "Mamba-2" in described(plan(mamba2, recipe, "sft", H200))["time"]
+    assert (
+        "only the h200 was measured" in described(plan(shape_of("130m"), recipe, "sft", CARDS["h100"]))["give_or_take"]
+    )
+
+
+def total(p: Plan) -> int:
+    return p.recipe.per_device_train_batch_size * p.devices * p.recipe.accumulation_steps(p.devices)
+
+
+def test_a_proposal_fits_and_keeps_the_rows_of_a_step() -> None:
+    shape = shape_of("2.8b")
+    recipe = Recipe(bf16=True, per_device_train_batch_size=8, global_batch_size=128, gradient_checkpointing=True)
+    for name in CARDS:
+        best = propose(shape, recipe, "sft", CARDS[name])
+        assert best is not None and best.fits and total(best) == 128, name
+        assert best.parts["device"] <= 0.97 * best.card.memory
+    large, small = propose(shape, recipe, "sft", CARDS["h200"]), propose(shape, recipe, "sft", CARDS["rtx-4090"])
+    assert large and small and large.devices == 1 and small.devices > 1 and small.recipe.fsdp == "full_shard"
+    asked = plan(shape, recipe, "sft", H200)
+    assert asked.fits and asked.seconds and large.seconds and large.seconds["step"] <= asked.seconds["step"]
+    assert propose(shape, recipe, "sft", card_named("4gb")) is None
+    assert propose(shape, recipe, "sft", CARDS["rtx-4090"], gpus=1) is None
+    eight = propose(shape, recipe, "sft", CARDS["a100-80"], gpus=8)
+    assert eight and eight.devices == 8 and total(eight) == 128
+    assert propose(shape, replace(recipe, global_batch_size=4), "sft", H200, gpus=8) is None, "fewer rows than GPUs"
+    qlora = replace(recipe, use_peft=True, load_in_4bit=True, dtype="bfloat16")
+    one = propose(shape, qlora, "sft", card_named("24gb"))
+    assert one and one.devices == 1 and not one.recipe.fsdp and total(one) == 128
+
+
+def test_a_proposal_in_words() -> None:
+    recipe = Recipe(bf16=True, per_device_train_batch_size=16, gradient_checkpointing=True)
+    best = propose(shape_of("130m"), recipe, "sft", card_named("8gb"))
+    assert best is not None
+    text = words(best, recipe)
+    assert f"--per_device_train_batch_size {best.recipe.per_device_train_batch_size}" in text
+    assert f"--gradient_accumulation_steps {16 // best.recipe.per_device_train_batch_size}" in text
+    assert words(plan(shape_of("130m"), recipe, "sft", H200), recipe) == ""
+    assert "--fsdp null" in words(
+        replace(best, recipe=replace(best.recipe, fsdp=None)), replace(recipe, fsdp="full_shard")
+    )
+
+
+def test_rows_bound_the_memory_and_give_the_time() -> None:
+    rows = Rows.of([100, 300, 200], 0.5)
+    assert (rows.mean, rows.longest, rows.targets) == (200, 300, 0.5)
+    recipe = Recipe(per_device_train_batch_size=4, global_batch_size=8)
+    usual, largest = (rows.load(recipe, "dpo", 1, usual=which) for which in (True, False))
+    assert usual == Load(800, 400, 2) and largest == Load(1200, 600, 2)
+    bound = rows.load(replace(recipe, max_tokens_per_device=300), "dpo", 1, usual=False)
+    assert bound.tokens == 300 and bound.passes == 2 * 3
