@@ -13,7 +13,9 @@ from mambalign.ops import (
     Segments,
     add_rms_norm,
     causal_conv1d,
+    cuda_decode,
     cuda_logps,
+    cuda_norm,
     cuda_scan,
     nvrtc,
     rms_norm,
@@ -29,6 +31,7 @@ from tests.ops.test_ops import (
     added_and_normed,
     assert_same,
     conv_inputs,
+    one_step_is_the_ops,
     outputs_and_gradients,
     relative_error,
     scan_inputs,
@@ -219,6 +222,24 @@ def test_results_repeat_bit_for_bit() -> None:
         assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
 
 
+@pytest.mark.parametrize(
+    ("D", "N", "W", "dtype"),
+    [(5, 3, 1, torch.float32), (40, 16, 4, torch.bfloat16), (132, 4, 2, torch.float16), (7, 20, 3, torch.bfloat16)],
+    ids=str,
+)
+def test_a_step_of_generation_is_the_ops_at_one_token(D: int, N: int, W: int, dtype: torch.dtype) -> None:
+    """Twice in a row, so that the windows and states that the first left are right, too."""
+    one_step_is_the_ops(D, N, W, dtype, "cpu")
+
+
+def test_norm_into_the_stream_itself() -> None:
+    x, stream, weight = torch.randn(3, 700).bfloat16(), torch.randn(3, 700), torch.randn(700)
+    y, total = add_rms_norm(x, stream, weight, 1e-3, torch.bfloat16, backend="cuda")
+    into = torch.full((3, 700), torch.nan, dtype=torch.bfloat16)
+    cuda_norm.add_rms_norm_into(x, stream, weight, 1e-3, into, stream, torch.empty(3))
+    assert torch.equal(into, y) and torch.equal(stream, total)
+
+
 def test_what_a_backend_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = scan_inputs(5, 1, torch.float32, N=17)
     with pytest.raises(ValueError, match="holds at most 16 states a channel, A has 17"):
@@ -232,6 +253,7 @@ def test_what_a_backend_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_structs_of_host_and_kernels_agree() -> None:
     for source, constants in (
+        (cuda_decode.SOURCE, {"THREADS": cuda_decode.THREADS}),
         (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
         (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES}),
     ):
