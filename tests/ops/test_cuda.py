@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from mambalign.ops import (
     cuda_logps,
     cuda_norm,
     cuda_scan,
-    nvrtc,
     rms_norm,
     selective_scan,
     token_logps,
@@ -42,18 +41,13 @@ pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here t
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("emulated")
-    return lambda source, macros: emulated.module(source, macros, folder / source.stem)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
 
 
 @pytest.fixture(autouse=True)
-def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(nvrtc, "module", lambda source, macros, device: built(source, macros))
-    monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
-    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 1)
-    monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
-    yield
+def emulation(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.install(monkeypatch, built)
 
 
 @pytest.fixture(params=["whole segments", "pieces"])
