@@ -83,7 +83,8 @@ class Decoder(Stepper):
                 layer.ring[:, (self.phase + back) % self.window, row].copy_(column)
             layer.state[row].copy_(layer.inner(ssm))
 
-    def read(self, row: int) -> LayerState:
+    def read(self, row: int, back: int = 0) -> LayerState:
+        assert back == 0, "states are updated in place"
         inputs = slice(self.phase + 1, self.phase + self.window)
         conv = [layer.ring.flatten(0, 1)[inputs, row].t().contiguous() for layer in self.layers]
         ssm = [layer.outer(layer.state[row]).clone(memory_format=torch.contiguous_format) for layer in self.layers]

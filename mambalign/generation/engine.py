@@ -69,7 +69,7 @@ class _Prompt:
 @dataclass(eq=False)
 class _Answer:
     """An answer in slot `row`, -1 once it needs none; `fed` of its tokens are in the slot's state, `asked` are chosen,
-    on the device at least."""
+    on the device at least, and `heard` are known here, its end among them."""
 
     ticket: int
     index: int
@@ -84,6 +84,7 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)
     fed: int = 0
     asked: int = 0
+    heard: int = 0
     sent: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     over: bool = False
@@ -284,11 +285,12 @@ class Engine:
         choice, row = choose(logits, answers), answers[0].row
         self.decoder.tokens[row : row + len(answers)].copy_(choice.tokens)
         self._chosen.append(_Chosen(answers, choice, logits))
-        ahead = self.ahead and not any(a.keep_state or a.sampling.logprobs is not None for a in answers)
+        remembers = self.decoder.remembered > 1
+        ahead = self.ahead and all(a.sampling.logprobs is None and (remembers or not a.keep_state) for a in answers)
         for answer in answers:
             answer.asked += 1
         for answer in answers:
-            if ahead and answer.asked == answer.sampling.max_new_tokens:
+            if ahead and not answer.keep_state and answer.asked == answer.sampling.max_new_tokens:
                 self._vacate(answer)
         return ahead
 
@@ -299,6 +301,7 @@ class Engine:
         for row, (answer, token) in enumerate(zip(chosen.answers, tokens, strict=True)):
             if answer.over:  # cancelled, or ended by a token that was not known yet when this one was computed
                 continue
+            answer.heard += 1
             top = answer.sampling.logprobs
             self._take(answer, token, None if top is None else token_logprobs(chosen.logits[row], token, top))
 
@@ -341,8 +344,11 @@ class Engine:
         answer.sink(delta)
 
     def _state(self, answer: _Answer) -> State:
-        layers = self.decoder.read(answer.row)
-        return State(layers.conv, layers.ssm, (*answer.context, *answer.tokens[: answer.fed]), self.fingerprint)
+        """Before a step that was begun already, whose token the answer does not need."""
+        back = answer.asked - answer.heard
+        layers = self.decoder.read(answer.row, back)
+        tokens = (*answer.context, *answer.tokens[: answer.fed - back])
+        return State(layers.conv, layers.ssm, tokens, self.fingerprint)
 
     def _leave(self, answer: _Answer) -> None:
         answer.over = True

@@ -84,25 +84,31 @@ class Layer:
         self.D = _floats(mixer.D)
         self.eps = getattr(mixer, "rms_eps", None)  # Falcon-Mamba's
 
-    def calls(self, window: Tensor, state: Tensor, buffers: dict[str, Tensor]) -> list[Call]:
-        """From `normed` to `hidden`."""
+    def calls(self, windows: list[Tensor], states: list[Tensor], buffers: dict[str, Tensor]) -> list[Call]:
+        """From `normed` to `hidden`; windows and states before and after."""
         xz, u, low, delta, y = (buffers[name] for name in ("xz", "u", "low", "delta", "y"))
         x, z = xz.split(u.shape[1], 1)
-        states = len(self.A)
-        norms = [] if self.eps is None else [partial(cuda_decode.low_norm, low, states, self.eps)]
+        N = len(self.A)
+        norms = [] if self.eps is None else [partial(cuda_decode.low_norm, low, N, self.eps)]
         return [
             self.in_proj.call(buffers["normed"], xz),
-            partial(cuda_decode.conv_step, x, window, self.taps, self.conv_bias, True, u),
+            partial(cuda_decode.conv_step, x, windows[0], self.taps, self.conv_bias, True, u, windows[1]),
             self.x_proj.call(u, low),
             *norms,
-            self.dt_proj.call(low[:, : low.shape[1] - 2 * states], delta),
-            partial(cuda_decode.state_step, u, delta, self.A, low, self.D, z, self.dt_bias, state, y),
+            self.dt_proj.call(low[:, : low.shape[1] - 2 * N], delta),
+            partial(cuda_decode.state_step, u, delta, self.A, low, self.D, z, self.dt_bias, states[0], y, states[1]),
             self.out_proj.call(y, buffers["hidden"]),
         ]
 
 
 class FusedDecoder(Stepper):
-    """See `Stepper`. States lie as the kernels read them: `[layers, capacity, N, D]`, windows `[.., W - 1, D]`."""
+    """See `Stepper`. States lie as the kernels read them: `[2, layers, capacity, N, D]`, windows `[.., W - 1, D]`.
+
+    A step reads one half and writes the other: so the state before a step is still there when its token turns out to
+    have been the last, and nothing is copied for it.
+    """
+
+    turns = remembered = 2
 
     dtype = torch.float32
 
@@ -116,8 +122,8 @@ class FusedDecoder(Stepper):
         (states, channels), taps, hidden = self.layers[0].A.shape, len(self.layers[0].taps), self.embedding.shape[1]
         weights = self.embedding.dtype
         wide = torch.float32 if model.config.residual_in_fp32 else weights
-        self.windows = self._zeros(len(self.layers), capacity, taps - 1, channels, dtype=weights)
-        self.states = self._zeros(len(self.layers), capacity, states, channels)
+        self.windows = self._zeros(2, len(self.layers), capacity, taps - 1, channels, dtype=weights)
+        self.states = self._zeros(2, len(self.layers), capacity, states, channels)
         self.logits = self._zeros(capacity, self.head.weight.shape[1])
         low = self.layers[0].x_proj.weight.shape[1]
         sizes = {"hidden": hidden, "normed": hidden, "xz": 2 * channels, "u": channels, "low": low, "delta": channels,
@@ -129,28 +135,29 @@ class FusedDecoder(Stepper):
         self._buffers["scores"] = self._zeros(*self.logits.shape, dtype=weights) if narrow else self.logits
         self.settle(exact)
         if self.step_kind[0] == "graph":
-            for plan in self.plans.values():
-                self.built(plan, 0)
+            for self.phase in (1, 0):
+                for plan in self.plans.values():
+                    self.built(plan, 0)
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def load(self, row: int, state: LayerState) -> None:
-        self.windows[:, row].copy_(torch.stack(state.conv).transpose(1, 2))
-        self.states[:, row].copy_(torch.stack([ssm.t() for ssm in state.ssm]))
+        self.windows[self.phase, :, row].copy_(torch.stack(state.conv).transpose(1, 2))
+        self.states[self.phase, :, row].copy_(torch.stack([ssm.t() for ssm in state.ssm]))
 
-    def read(self, row: int) -> LayerState:
-        conv, ssm = (x[:, row].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    def read(self, row: int, back: int = 0) -> LayerState:
+        conv, ssm = (x[self.phase ^ back, :, row].transpose(1, 2).clone(memory_format=torch.contiguous_format)
                      for x in (self.windows, self.states))  # fmt: skip
         return LayerState(conv.unbind(0), ssm.unbind(0))
 
     def move(self, source: int, target: int) -> None:
         self.tokens[target].copy_(self.tokens[source])
         for buffer in (self.windows, self.states):
-            buffer[:, target].copy_(buffer[:, source])
+            buffer[:, :, target].copy_(buffer[:, :, source])
 
     def buffers(self) -> list[Tensor]:
-        return [*self.windows, *self.states]
+        return [*self.windows.flatten(0, 1), *self.states.flatten(0, 1)]
 
     @torch.no_grad()
     def program(self, plan: Plan, start: int, phase: int) -> list[Call]:
@@ -163,9 +170,11 @@ class FusedDecoder(Stepper):
             return partial(cuda_norm.add_rms_norm_into, hidden, residual, weight, eps, *into)
 
         calls: list[Call] = [partial(torch.index_select, self.embedding, 0, self.tokens[rows], out=hidden)]
-        for number, (layer, windows, states) in enumerate(zip(self.layers, self.windows, self.states, strict=True)):
+        for number, layer in enumerate(self.layers):
             calls.append(norm(layer.norm, layer.norm_eps, stream if number else None))
-            calls += layer.calls(windows[rows], states[rows], buffers)
+            windows, states = ([x[half, number, rows] for half in (phase, 1 - phase)]
+                               for x in (self.windows, self.states))  # fmt: skip
+            calls += layer.calls(windows, states, buffers)
         calls.append(norm(self.norm, self.norm_eps, stream))
         calls.append(self.head.call(normed, scores))
         if scores.dtype != self.dtype:

@@ -69,6 +69,7 @@ class Stepper:
     embedding: Tensor
     logits: Tensor
     turns = 1  # a step's calls repeat after as many steps
+    remembered = 1  # states of a row that can be read: the last one, or also that before the last step
 
     def __init__(self, device: torch.device, capacity: int, step: str):
         self.device, self.capacity, self.step_kind = device, capacity, select_step(step, device)
@@ -81,8 +82,8 @@ class Stepper:
         """Put a sequence's state into a row, over everything that was there."""
         raise NotImplementedError
 
-    def read(self, row: int) -> LayerState:
-        """A copy of the state in a row."""
+    def read(self, row: int, back: int = 0) -> LayerState:
+        """A copy of the state in a row, as it was `back < remembered` steps ago."""
         raise NotImplementedError
 
     def move(self, source: int, target: int) -> None:

@@ -22,20 +22,21 @@ THREADS, VECTOR = 128, 4
 MOST_STATES, WIDEST = 64, 8  # a thread holds them in registers
 
 
-def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, y: Tensor) -> None:
-    """Push `x` into `window` and write the convolution, with its activation, to `y`.
+def conv_step(
+    x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, y: Tensor, next_window: Tensor
+) -> None:
+    """Write the convolution of `window` and `x`, with its activation, to `y`, and the window after x to `next_window`.
 
-    x: IO `[rows, D]`, rows at any distance. window: IO `[rows, W - 1, D]`, oldest first. weight: fp32 `[W, D]`.
-    bias: fp32 `[D]`. y: IO `[rows, D]`.
+    x: IO `[rows, D]`, rows at any distance. window, next_window (may be the same): IO `[rows, W - 1, D]`, oldest
+    first. weight: fp32 `[W, D]`. bias: fp32 `[D]`. y: IO `[rows, D]`.
     """
     rows, channels = y.shape
-    aligned = all(t.data_ptr() % (VECTOR * t.itemsize) == 0 for t in (x, window, y))
+    aligned = all(t.data_ptr() % (VECTOR * t.itemsize) == 0 for t in (x, window, next_window, y))
     vector = VECTOR if aligned and channels % VECTOR == 0 and x.stride(0) % VECTOR == 0 else 1
-    values = {"x": x, "x_stride": x.stride(0), "window": window, "weight": weight, "bias": bias, "y": y,
-              "num_channels": channels, "silu": int(silu)}  # fmt: skip
-    _launch(
-        "conv_step", (-(-channels // (THREADS * vector)), rows), THREADS, values, y, taps=len(weight), vector=vector
-    )
+    values = {"x": x, "x_stride": x.stride(0), "window": window, "next_window": next_window, "weight": weight,
+              "bias": bias, "y": y, "num_channels": channels, "silu": int(silu)}  # fmt: skip
+    grid = -(-channels // (THREADS * vector)), rows
+    _launch("conv_step", grid, THREADS, values, y, taps=len(weight), vector=vector)
 
 
 def low_norm(low: Tensor, states: int, eps: float) -> None:
@@ -54,17 +55,18 @@ def state_step(
     bias: Tensor | None,
     state: Tensor,
     y: Tensor,
+    next_state: Tensor,
 ) -> None:
-    """Take `state` one token further and write the gated output to `y`.
+    """Write `state` one token further to `next_state` (may be the same), and the gated output to `y`.
 
     u, delta, z: IO `[rows, D]`, rows at any distance; delta before bias and softplus. A: fp32 `[N, D]`,
     `-exp(A_log)` times log2(e). low: IO `[rows, R + 2 N]` that ends in B and C. D, bias: fp32 `[D]`.
-    state: fp32 `[rows, N, D]`. y: IO `[rows, D]`.
+    state, next_state: fp32 `[rows, N, D]`. y: IO `[rows, D]`.
     """
     rows, channels = y.shape
     states = len(A)
     values = {"A": A, "D": D, "bias": bias, "low": low, "low_stride": low.stride(0), "rank": low.shape[1] - 2 * states,
-              "state": state, "y": y, "num_channels": channels}  # fmt: skip
+              "state": state, "next_state": next_state, "y": y, "num_channels": channels}  # fmt: skip
     for name, tensor in (("u", u), ("delta", delta), ("z", z)):
         values |= {name: tensor, f"{name}_stride": tensor.stride(0)}
     _launch("state_step", (-(-channels // THREADS), rows), THREADS, values, y, states=states)

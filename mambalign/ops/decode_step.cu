@@ -1,4 +1,4 @@
-// One token of every sequence on a GPU, all states in place: see ops/cuda_decode.py.
+// One token of every sequence on a GPU: see ops/cuda_decode.py.
 //
 // Bound by memory: a state is read and written once, and neighbouring threads own neighbouring channels.
 //
@@ -13,8 +13,10 @@ struct Params {
   io* low;  // rows of R + 2 N numbers: the step sizes' low rank, B and C
   i64 low_stride, rank;
   const float *weight, *A, *D, *bias;  // [W, D]; [N, D], -exp(A_log) times log2(e); [D]; [D] or null
-  io* window;                          // [rows, W - 1, D], oldest first
-  float* state;                        // [rows, N, D]
+  const io* window;                    // [rows, W - 1, D], oldest first
+  const float* state;                  // [rows, N, D]
+  io* next_window;                     // what they become; may be the same
+  float* next_state;
   io* y;                               // [rows, D]
   i64 num_channels, silu;
   double eps;
@@ -24,14 +26,14 @@ struct alignas(VEC * sizeof(io)) Pack {
   io v[VEC];
 };
 
-// Shifts x into the window: y = act(bias + sum of taps times inputs), summed as in causal_conv1d.cu.
+// Shifts x into the window; y = act(bias + sum of taps times inputs), summed as in causal_conv1d.cu.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_step(const Params p) {
   const int channel = (blockIdx.x * THREADS + threadIdx.x) * VEC, row = blockIdx.y;
   if (channel >= p.num_channels) return;
-  io* window = p.window + (i64)row * (W - 1) * p.num_channels + channel;
+  const i64 at = (i64)row * (W - 1) * p.num_channels + channel;
   Pack inputs[W], out;
 #pragma unroll
-  for (int k = 0; k + 1 < W; ++k) inputs[k] = *(const Pack*)(window + k * p.num_channels);
+  for (int k = 0; k + 1 < W; ++k) inputs[k] = *(const Pack*)(p.window + at + k * p.num_channels);
   inputs[W - 1] = *(const Pack*)(p.x + row * p.x_stride + channel);
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
@@ -41,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_step(const Params p) 
     out.v[i] = narrow(p.silu ? sum * sigmoid(sum) : sum);
   }
 #pragma unroll
-  for (int k = 0; k + 1 < W; ++k) *(Pack*)(window + k * p.num_channels) = inputs[k + 1];
+  for (int k = 0; k + 1 < W; ++k) *(Pack*)(p.next_window + at + k * p.num_channels) = inputs[k + 1];
   *(Pack*)(p.y + row * p.num_channels + channel) = out;
 }
 
@@ -61,12 +63,12 @@ extern "C" __global__ void __launch_bounds__(32) low_norm(const Params p) {
 extern "C" __global__ void __launch_bounds__(THREADS) state_step(const Params p) {
   const int channel = blockIdx.x * THREADS + threadIdx.x, row = blockIdx.y;
   const bool live = channel < p.num_channels;
-  float* state = p.state + (i64)row * N * p.num_channels + channel;
+  const i64 at = (i64)row * N * p.num_channels + channel;
   // All that a channel needs is asked for at once, before anything waits.
   float h[N], A[N], delta = 0.f, u = 0.f, z = 0.f, skip = 0.f;
   if (live) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) h[n] = state[n * p.num_channels], A[n] = p.A[n * p.num_channels + channel];
+    for (int n = 0; n < N; ++n) h[n] = p.state[at + n * p.num_channels], A[n] = p.A[n * p.num_channels + channel];
     delta = widen(p.delta[row * p.delta_stride + channel]) + (p.bias ? p.bias[channel] : 0.f);
     u = widen(p.u[row * p.u_stride + channel]);
     z = widen(p.z[row * p.z_stride + channel]);
@@ -82,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) state_step(const Params p)
   for (int n = 0; n < N; ++n) {
     h[n] = exp2_fast(dt * A[n]) * h[n] + x * BC[n];
     y[n % 2] += BC[N + n] * h[n];
-    state[n * p.num_channels] = h[n];
+    p.next_state[at + n * p.num_channels] = h[n];
   }
   p.y[row * p.num_channels + channel] = narrow((y[0] + y[1] + skip * u) * z * sigmoid(z));
 }

@@ -136,12 +136,16 @@ def test_what_has_no_kernels_takes_the_plain_step(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------- steps begun before the tokens
 
 
-@pytest.fixture
-def both() -> tuple[Engine, Engine]:
+@pytest.fixture(params=["plain", pytest.param("fused", marks=needs_compiler)])
+def both(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Engine]:
     """(one that looks at every token before the next step, one that does not), with answers that end early."""
     found = []
     for ahead in (False, True):
-        engine = Engine(pair("mamba")[1], byte_tokenizer(), slots=4, prefill_tokens=96)
+        options = {"slots": 4, "prefill_tokens": 96}
+        if request.param == "fused":
+            engine = fused_engine(pair("mamba")[1], built, monkeypatch, **options)
+        else:
+            engine = Engine(pair("mamba")[1], byte_tokenizer(), **options)
         engine.ahead, engine.ends = ahead, frozenset(range(40))  # of 264: an answer in seven tokens ends
         found.append(engine)
     return found[0], found[1]
@@ -149,6 +153,7 @@ def both() -> tuple[Engine, Engine]:
 
 def ending_requests() -> list[Request]:
     kept = [replace(r, keep_state=i % 3 == 0) for i, r in enumerate(requests_of_all_kinds())]
+    kept += [Request(prompt(n, 4), Sampling(max_new_tokens=12), keep_state=True) for n in (3, 4, 50, 6, 7, 8, 90, 1, 2)]
     stops = [Request(prompt(n), Sampling(max_new_tokens=30, stop=("a", "Z"))) for n in (3, 8, 21)]
     ending = [Request(prompt(n, 3), Sampling(n=2, max_new_tokens=25, temperature=1.2)) for n in (2, 9, 33, 100, 7)]
     return [*kept, *ending, *stops, Request(prompt(5, 2), replace(GREEDY, ignore_end=False, max_new_tokens=20))]

@@ -194,8 +194,8 @@ def one_step_is_the_ops(D: int, N: int, W: int, dtype: torch.dtype, device: str)
     each = Segments.from_lengths([1] * rows)
     for x, z, part, step in zip(*xz.split(D, 2), low, delta, strict=True):
         u, y, widened = torch.empty(rows, D, dtype=dtype, device=device), torch.empty_like(x), part.double().cpu()
-        cuda_decode.conv_step(x, window, weight, given["bias"].float(), True, u)
-        cuda_decode.state_step(u, step, A * LOG2_E, part, given["D"], z, given["delta_bias"], state, y)
+        cuda_decode.conv_step(x, window, weight, given["bias"].float(), True, u, window)
+        cuda_decode.state_step(u, step, A * LOG2_E, part, given["D"], z, given["delta_bias"], state, y, state)
         options = {"segments": each, "output_final_state": True, "backend": "reference"}
         double = {name: value.double().cpu() for name, value in given.items()}
         expected_u, exact["window"] = causal_conv1d(
