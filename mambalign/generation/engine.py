@@ -2,16 +2,19 @@
 
 A prompt is read by the model's own forward pass, at most `prefill_tokens` tokens between two steps of the answers that
 are running; its state, which has one size whatever it read, is copied into a *slot* for each of its answers. All slots
-step together (`decode.py`), and a slot that is done takes the next answer. Time per token does not depend on how much
+step together (`stepper.py`), and a slot that is done takes the next answer. Time per token does not depend on how much
 was read before.
 
 **What is guaranteed** of an engine with given weights, `slots` and `prefill_tokens`, on one machine with one number of
 threads: with `exact` (the default) the tokens and log-probabilities of an answer, greedy or drawn, depend on its
 request and its number alone, to the last bit, not on what else is in the batch, the order, or the moment it comes. Rows
-of a step have the same bits in any batch (measured at the start, see `decode.py`), and prompts are read one at a time,
-cut at multiples of `prefill_tokens`. With `exact=False` prompts are read many at a time, laid end to end without
-padding, and products have as many rows as there are answers: faster for many short prompts and small batches, equal up
-to rounding, which can turn a near tie between two tokens. Another number of slots is another rounding, too.
+of a step have the same bits in any batch (measured at the start, see `stepper.py`), and prompts are read one at a time,
+cut at multiples of `prefill_tokens`. On a GPU, Mamba-1's and Falcon-Mamba's short prompts are read together instead, in
+passes of always the same number of tokens: there the guarantee rests on products of one shape that treat every row
+alike, wherever it lies and whatever the others hold. With `exact=False` prompts are read many at a time, laid end to
+end without padding, and products have as many rows as there are answers: faster for many short prompts and small
+batches, equal up to rounding, which can turn a near tie between two tokens. Another number of slots is another
+rounding, too.
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ class Engine:
         slots: answers that run at once; None: 8 on a CPU, 64 on a GPU.
         prefill_tokens: prompt tokens read between two steps; None: 512 on a CPU, 8192 on a GPU.
         exact: answers do not depend on the batch.
-        step: "auto", "eager" or "graph" (see `decode.select_step`).
+        step: "auto", "eager" or "graph" (see `stepper.select_step`).
 
     `generate` answers a list. A server calls instead, all from ONE thread (nothing here is locked):
 
@@ -115,7 +118,9 @@ class Engine:
       the order of an answer's tokens; the last delta of each of the n answers has a `finish_reason`. A sink may call
       `add` and `cancel`; what it raises comes out of `step`.
     - `step()` while there is work: it reads up to `prefill_tokens` of waiting prompts and takes every running answer
-      one token further. It returns how many answers are running or waiting; at 0 there is nothing to do.
+      one token further. On a GPU sinks hear of a token in the next `step()`, when the device is busy with the one
+      after it, unless an answer wants log-probabilities. It returns how many answers are running or waiting; at 0
+      there is nothing to do.
     - `cancel(ticket)` frees what the request holds; its sink is not called again.
 
     Raises:

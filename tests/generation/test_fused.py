@@ -161,7 +161,13 @@ def ending_requests() -> list[Request]:
 
 def plainly(found: list[list[Completion]]) -> list[Any]:
     return [
-        (a.text, a.tokens, a.finish_reason, a.logprobs, a.state and (a.state.tokens, [t.tolist() for t in a.state.ssm]))
+        (
+            a.text,
+            a.tokens,
+            a.finish_reason,
+            a.logprobs,
+            a.state and (a.state.tokens, [t.tolist() for t in (*a.state.conv, *a.state.ssm)]),
+        )
         for answers in found
         for a in answers
     ]
