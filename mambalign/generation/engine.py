@@ -372,24 +372,24 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def _read_prompts(self) -> None:
-        """At most `prefill_tokens` tokens of as many prompts as there are slots for; together, as many again on a GPU.
+        """At most `prefill_tokens` tokens of as many prompts as there are slots for; on a GPU a pass is filled up.
 
         A pass of a few short prompts costs there what one of many does, and slots come free one at a time.
         """
         free, together = self.slots - self.running - sum(prompt.waiting for prompt in self._ready), not self.exact
-        if free > 0 and self.ahead and (together or self._bin):
-            free += self.slots
-        budget = self.prefill_tokens
+        size = self._bin or (min(BIN, self.prefill_tokens) if self.ahead and together else 0)
+        budget, short = self.prefill_tokens, 0
         parts: list[tuple[_Prompt, int]] = []
         for prompt in self._queue:
-            if free <= 0 or budget <= 0:
-                break
             # Always cut at the same places, so that a prompt's state does not depend on what was read before it.
             length = min(len(prompt.request.prompt) - prompt.done, self.prefill_tokens)
-            if parts and length > budget:
+            if free <= 0 and (not size or length > min(SHORT, -short % size)):
+                break
+            if budget <= 0 or (parts and length > budget):
                 break
             parts.append((prompt, length))
             free, budget = free - prompt.waiting, budget - length
+            short += length if length <= SHORT else 0
         if together:
             if parts:
                 self._read(parts)

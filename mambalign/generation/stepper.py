@@ -116,9 +116,10 @@ class Stepper:
         key = plan, start, self.phase
         run: Call | None = self._programs.get(key)
         if run is None:
-            calls = self.program(*key)
             graph = self.step_kind[0] == "graph"
-            run = self._programs[key] = _captured(calls, self._stream) if graph else partial(_call_all, calls)
+            with torch.no_grad():
+                calls = self.program(*key)
+                run = self._programs[key] = _captured(calls, self._stream) if graph else partial(_call_all, calls)
         return run
 
     # --------------------------------------------------------------------------- which numbers of rows are the same
