@@ -5,25 +5,19 @@ depend on the tokens is made once: buffers with a row a sequence, weights as the
 number of rows a *program*, a list of calls with their arguments bound. A step runs through it. States lie as the step
 reads them (`[N, D]`, not the papers' `[D, N]`: the long axis innermost), and a convolution's window is a ring that all
 rows turn together, so nothing is shifted.
-
-**Rows do not depend on each other, to the last bit.** The same row can come out differently in a product of 1 row and
-in one of 8, since libraries choose another kernel, and near a buffer's end a vector loop hands over to a scalar one. So
-the decoder *measures* at the start, on this machine and these weights, with the same row everywhere: `plans` holds, for
-each number of rows, how many rows the products must have so that every row has the bits it has in the full batch. What
-cannot be had so is run with more rows. `exact=False` leaves that out, and is a little faster for few rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambalign.generation.state import LayerState
+from mambalign.generation.stepper import Call, Plan, Stepper
 from mambalign.models.mamba2 import GATE_FIRST, NO_NORM, NORM_FIRST
 from mambalign.recipe import UserError
 
@@ -32,67 +26,31 @@ COPIED = 2**22  # elements of a weight up to which a CPU gets a transposed copy:
 ALIGNED = 16  # elements: a row of a matrix begins at a multiple, else some kernels round every other row differently
 BLOCK = 2**17  # elements of a weight that a product of several rows takes at once on a CPU: with them it stays in cache
 VECTORS = 64  # elements that the widest unrolled loop takes at once
-STEPS = ("eager", "graph")
 
 # torch.nn.functional's own, which hides their `out`; torch.ops.aten's cost three times the dispatch.
 silu: Any = torch._C._nn.silu
 log_sigmoid: Any = torch._C._nn.log_sigmoid
 
-Call = Callable[[], Any]
 
-
-class Plan(NamedTuple):
-    """rows: that a program works on. width: rows of its matrix products, at least as many."""
-
-    rows: int
-    width: int
-
-
-def select_step(step: str, device: torch.device) -> tuple[str, str]:
-    """(name, reason) of how steps run: "graph" replays a CUDA graph, "eager" makes the calls one by one.
-
-    Raises:
-        ValueError: an unknown name, or "graph" off a CUDA device.
-    """
-    if step == "auto":
-        if device.type == "cuda":
-            return "graph", "a CUDA graph for every number of rows, so that the host does not set the pace"
-        return "eager", f"a {device.type} device has no CUDA graphs"
-    if step not in STEPS:
-        raise ValueError(f"step: {step!r} must be auto, {' or '.join(STEPS)}")
-    if step == "graph" and device.type != "cuda":
-        raise ValueError(f"step: 'graph' needs a CUDA device, and this is {device.type}; choose auto")
-    return step, "asked for by name"
-
-
-class Decoder:
-    """The state of `capacity` sequences, and the step that takes each of them one token further.
-
-    `tokens` int64 `[capacity]` is written before a step, `logits` fp32 (fp64 for fp64 models) `[capacity, V]` read
-    after it. The weights are those of `model` when this was made. Rows `0 .. count - 1` take part in `step(count)`,
-    the others keep their state or are overwritten before they matter: see `load`.
-    """
+class Decoder(Stepper):
+    """A step of any family, on any device, in fp32 (fp64 for fp64 models) but for the products of 16-bit weights."""
 
     def __init__(self, model: Any, capacity: int, *, exact: bool = True, step: str = "auto"):
         weight = model.backbone.embeddings.weight
-        self.device, self.capacity, self.step_kind = weight.device, capacity, select_step(step, weight.device)
+        super().__init__(weight.device, capacity, step)
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._programs: dict[tuple[Plan, int, int], Any] = {}
         self.embedding = effective_weight(model.backbone.embeddings)
         self.head = Projection(self, model.lm_head)
         self.norm = Norm(self, model.backbone.norm_f, self.head)
         kind = Mamba2Step if model.config.model_type == "mamba2" else MambaStep
         self.layers: list[Any] = [kind(self, block) for block in model.backbone.layers]
-        self.window = len(self.layers[0].taps)
-        self.phase = 0  # where the next inputs go in the rings
-        self.tokens = torch.zeros(capacity, dtype=torch.int64, device=self.device)
+        self.window = self.turns = len(self.layers[0].taps)  # phase: where the next inputs go in the rings
         self.logits = self.matrix("logits", capacity, self.head.outputs)
         # Columns that no layer writes: with them the length of a row is sqrt(sum of squares + H eps).
         self.hidden = self.matrix("hidden", capacity, self.norm.size + ALIGNED)
         self.hidden[:, self.norm.size] = self.norm.padding
-        self.plans = self._measured() if exact else {n: Plan(n, n) for n in range(1, capacity + 1)}
-        self.chunk = max(self.plans)
+        self.settle(exact)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
@@ -120,44 +78,22 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------- the states
 
     def load(self, row: int, state: LayerState) -> None:
-        """Put a sequence's state into a row, over everything that was there."""
         for layer, conv, ssm in zip(self.layers, state.conv, state.ssm, strict=True):
             for back, column in enumerate(conv.unbind(1), 1):
                 layer.ring[:, (self.phase + back) % self.window, row].copy_(column)
             layer.state[row].copy_(layer.inner(ssm))
 
-    def read(self, row: int) -> LayerState:
-        """A copy of the state in a row."""
+    def read(self, row: int, back: int = 0) -> LayerState:
+        assert back == 0, "states are updated in place"
         inputs = slice(self.phase + 1, self.phase + self.window)
         conv = [layer.ring.flatten(0, 1)[inputs, row].t().contiguous() for layer in self.layers]
         ssm = [layer.outer(layer.state[row]).clone(memory_format=torch.contiguous_format) for layer in self.layers]
         return LayerState(tuple(c.to(self.embedding.dtype) for c in conv), tuple(ssm))
 
-    def move(self, source: int, target: int) -> None:
-        for layer in self.layers:
-            layer.ring[:, :, target].copy_(layer.ring[:, :, source])
-            layer.state[target].copy_(layer.state[source])
+    def buffers(self) -> list[Tensor]:
+        return [x for layer in self.layers for x in (layer.ring.permute(2, 0, 1, 3), layer.state)]
 
     # ------------------------------------------------------------------------------------------------- the step
-
-    @torch.inference_mode()
-    def step(self, count: int) -> Tensor:
-        """Advance rows `0 .. count - 1` by their `tokens`; returns their logits `[count, V]`, valid until the next."""
-        for start in range(0, count, self.chunk):
-            self._run(self.plan(min(count - start, self.chunk)), start)
-        self.phase = (self.phase + 1) % self.window
-        return self.logits[:count]
-
-    def plan(self, count: int) -> Plan:
-        return self.plans[min(rows for rows in self.plans if rows >= count)]
-
-    def _run(self, plan: Plan, start: int) -> None:
-        key = plan, start, self.phase
-        run = self._programs.get(key)
-        if run is None:
-            calls = self.program(*key)
-            run = self._programs[key] = _captured(calls) if self.step_kind[0] == "graph" else partial(_call_all, calls)
-        run()
 
     def program(self, plan: Plan, start: int, phase: int) -> list[Call]:
         """The calls that take rows `start ...` one token further, with the rings at `phase`."""
@@ -183,59 +119,6 @@ class Decoder:
         ]
         if norm.weight is not None:
             calls.append(partial(out.mul_, norm.weight))
-
-    # --------------------------------------------------------------------------- which numbers of rows are the same
-
-    @torch.inference_mode()
-    def _measured(self) -> dict[int, Plan]:
-        """For a few numbers of rows, the narrowest products that leave the bits of every row as in the full batch.
-
-        Where not even the full batch treats all its rows alike, sequences go one by one.
-        """
-        sizes = sorted({1, 2, 4, *range(8, self.capacity, 8), self.capacity} & set(range(1, self.capacity + 1)))
-        sizes = [n for n in sizes if n < 8 or n & (n - 1) == 0 or n == self.capacity]
-        expected = self._trial(Plan(self.capacity, self.capacity))
-        found = {self.capacity: Plan(self.capacity, self.capacity)}
-        if expected is None:
-            found = {1: Plan(1, 1)}
-        else:
-            for rows in sizes[:-1]:
-                for width in (n for n in sizes if n >= rows):
-                    outcome = self._trial(Plan(rows, width))
-                    if outcome is not None and all(map(torch.equal, outcome, expected)):
-                        found[rows] = Plan(rows, width)
-                        break
-        for layer in self.layers:
-            layer.ring.zero_()
-            layer.state.zero_()
-        return found
-
-    def _trial(self, plan: Plan) -> list[Tensor] | None:
-        """Logits and states of one row after a step with the same row everywhere; None if the rows part."""
-        generator = torch.Generator().manual_seed(0)
-        for layer in self.layers:
-            for buffer in (layer.ring[0].transpose(0, 1), layer.state):
-                buffer.copy_(torch.randn(buffer.shape[1:], generator=generator, dtype=self.dtype).expand(buffer.shape))
-            layer.ring[1].copy_(layer.ring[0])
-        self.tokens.fill_(1 % self.embedding.shape[0])
-        _call_all(self.program(plan, 0, 0))
-        outcome = [self.logits[: plan.rows], *(layer.state[: plan.rows] for layer in self.layers)]
-        if any(not torch.equal(x, x[:1].expand_as(x)) for x in outcome):
-            return None
-        return [x[0].clone() for x in outcome]
-
-
-def _call_all(calls: list[Call]) -> None:
-    for call in calls:
-        call()
-
-
-def _captured(calls: list[Call]) -> Call:
-    """The replay of a CUDA graph of `calls`; capturing runs nothing, so no state is touched by it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _call_all(calls)
-    return graph.replay
 
 
 # ---------------------------------------------------------------------------------------------------------- parts

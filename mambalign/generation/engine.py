@@ -2,16 +2,19 @@
 
 A prompt is read by the model's own forward pass, at most `prefill_tokens` tokens between two steps of the answers that
 are running; its state, which has one size whatever it read, is copied into a *slot* for each of its answers. All slots
-step together (`decode.py`), and a slot that is done takes the next answer. Time per token does not depend on how much
+step together (`stepper.py`), and a slot that is done takes the next answer. Time per token does not depend on how much
 was read before.
 
 **What is guaranteed** of an engine with given weights, `slots` and `prefill_tokens`, on one machine with one number of
 threads: with `exact` (the default) the tokens and log-probabilities of an answer, greedy or drawn, depend on its
 request and its number alone, to the last bit, not on what else is in the batch, the order, or the moment it comes. Rows
-of a step have the same bits in any batch (measured at the start, see `decode.py`), and prompts are read one at a time,
-cut at multiples of `prefill_tokens`. With `exact=False` prompts are read many at a time, laid end to end without
-padding, and products have as many rows as there are answers: faster for many short prompts and small batches, equal up
-to rounding, which can turn a near tie between two tokens. Another number of slots is another rounding, too.
+of a step have the same bits in any batch (measured at the start, see `stepper.py`), and prompts are read one at a time,
+cut at multiples of `prefill_tokens`. On a GPU, Mamba-1's and Falcon-Mamba's short prompts are read together instead, in
+passes of always the same number of tokens: there the guarantee rests on products of one shape that treat every row
+alike, wherever it lies and whatever the others hold. With `exact=False` prompts are read many at a time, laid end to
+end without padding, and products have as many rows as there are answers: faster for many short prompts and small
+batches, equal up to rounding, which can turn a near tie between two tokens. Another number of slots is another
+rounding, too.
 """
 
 from __future__ import annotations
@@ -20,26 +23,32 @@ import contextlib
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from mambalign.data.chat import end_of_turn_id
-from mambalign.generation.decode import Decoder
+from mambalign.generation.fused import FusedDecoder, make_decoder
 from mambalign.generation.requests import Completion, Delta, FinishReason, Request, Sampling, TokenLogprob
-from mambalign.generation.sampling import choose, token_logprobs
+from mambalign.generation.sampling import Choice, choose, token_logprobs
 from mambalign.generation.scoring import best_device
 from mambalign.generation.state import LayerState, State, fingerprint
 from mambalign.generation.text import TextStream
 from mambalign.models.checkpoint import load_model, load_tokenizer
+from mambalign.ops.backends import send
 from mambalign.recipe import UserError
 
 Sink = Callable[[Delta], None]
+
+# With `exact`, prompts are read together on a GPU in passes of always BIN tokens, padded with others that no one reads:
+# products of one shape. Parts longer than SHORT go alone, since the scan may cut them by what is beside them.
+BIN, SHORT = 1024, 256
+HEADS = 64  # rows of a product with the head, then
 
 
 @dataclass(eq=False)
@@ -62,7 +71,8 @@ class _Prompt:
 
 @dataclass(eq=False)
 class _Answer:
-    """An answer in slot `row`; `fed` of its tokens are in the slot's state."""
+    """An answer in slot `row`, -1 once it needs none; `fed` of its tokens are in the slot's state, `asked` are chosen,
+    on the device at least, and `heard` are known here, its end among them."""
 
     ticket: int
     index: int
@@ -76,9 +86,19 @@ class _Answer:
     seen: Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     fed: int = 0
+    asked: int = 0
+    heard: int = 0
     sent: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     over: bool = False
+
+
+class _Chosen(NamedTuple):
+    """The next tokens of `answers`, perhaps still on their way from the device. logits: a row each."""
+
+    answers: list[_Answer]
+    choice: Choice
+    logits: Tensor
 
 
 class Engine:
@@ -90,7 +110,7 @@ class Engine:
         slots: answers that run at once; None: 8 on a CPU, 64 on a GPU.
         prefill_tokens: prompt tokens read between two steps; None: 512 on a CPU, 8192 on a GPU.
         exact: answers do not depend on the batch.
-        step: "auto", "eager" or "graph" (see `decode.select_step`).
+        step: "auto", "eager" or "graph" (see `stepper.select_step`).
 
     `generate` answers a list. A server calls instead, all from ONE thread (nothing here is locked):
 
@@ -98,7 +118,9 @@ class Engine:
       the order of an answer's tokens; the last delta of each of the n answers has a `finish_reason`. A sink may call
       `add` and `cancel`; what it raises comes out of `step`.
     - `step()` while there is work: it reads up to `prefill_tokens` of waiting prompts and takes every running answer
-      one token further. It returns how many answers are running or waiting; at 0 there is nothing to do.
+      one token further. On a GPU sinks hear of a token in the next `step()`, when the device is busy with the one
+      after it, unless an answer wants log-probabilities. It returns how many answers are running or waiting; at 0
+      there is nothing to do.
     - `cancel(ticket)` frees what the request holds; its sink is not called again.
 
     Raises:
@@ -130,11 +152,16 @@ class Engine:
             raise UserError(f"slots ({slots}) and prefill_tokens ({prefill_tokens}) must be at least 1")
         # A product of 5 rows on 2 threads is cut unevenly, and its rows part: capacities are round.
         capacity = self.slots if self.slots == 1 else -(-self.slots // 8) * 8
-        self.decoder = Decoder(model, capacity, exact=exact, step=step)
+        self.decoder = make_decoder(model, capacity, exact=exact, step=step)
         self.ends = end_ids(model, tokenizer)
+        # A GPU gets its next step before the last one's tokens are looked at: it never waits for the host.
+        self.ahead = not on_cpu
+        self._bin = min(BIN, self.prefill_tokens) if exact and isinstance(self.decoder, FusedDecoder) else 0
+        self.waiting = 0  # answers that have no slot yet
         self._queue: deque[_Prompt] = deque()  # being read
         self._ready: deque[_Prompt] = deque()  # read, with answers that wait for a slot
         self._running: list[_Answer] = []  # by row
+        self._chosen: deque[_Chosen] = deque()  # not handed out yet
         self._tickets = itertools.count()
 
     @classmethod
@@ -157,11 +184,6 @@ class Engine:
     def running(self) -> int:
         """Answers that hold a slot."""
         return len(self._running)
-
-    @property
-    def waiting(self) -> int:
-        """Answers that have none yet."""
-        return sum(prompt.waiting for prompt in (*self._queue, *self._ready))
 
     # ------------------------------------------------------------------------------------------------------ in, out
 
@@ -218,18 +240,24 @@ class Engine:
             request.state.check(self.fingerprint)
         prompt = _Prompt(next(self._tickets), request, sink, stream, request.state)
         self._queue.append(prompt)
+        self.waiting += prompt.waiting
         return prompt.ticket
 
     def cancel(self, ticket: int) -> None:
         """Drop what is left of a request; nothing happens where it is finished or unknown."""
+        self.waiting -= sum(p.waiting for p in (*self._queue, *self._ready) if p.ticket == ticket)
         self._queue = deque(prompt for prompt in self._queue if prompt.ticket != ticket)
         self._ready = deque(prompt for prompt in self._ready if prompt.ticket != ticket)
-        for answer in [answer for answer in self._running if answer.ticket == ticket]:
+        for answer in [answer for answer in (*self._running, *self._unheard()) if answer.ticket == ticket]:
             self._leave(answer)
 
     def _holds(self, tickets: set[int]) -> bool:
-        held: list[Any] = [*self._running, *self._ready, *self._queue]
+        held: Iterable[Any] = itertools.chain(self._running, self._unheard(), self._ready, self._queue)
         return any(item.ticket in tickets for item in held)
+
+    def _unheard(self) -> list[_Answer]:
+        """Answers that need no slot any more, whose last token is not handed out yet."""
+        return [answer for chosen in self._chosen for answer in chosen.answers if answer.row < 0 and not answer.over]
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -242,23 +270,45 @@ class Engine:
         """
         self._read_prompts()
         self._fill_slots()
+        left = 0
         if self._running:
             answers = list(self._running)
-            tokens = torch.tensor([answer.tokens[-1] for answer in answers])
-            self.decoder.tokens[: len(answers)].copy_(tokens)
             logits = self.decoder.step(len(answers))
             for answer in answers:
                 answer.fed += 1
-            self._advance(answers, logits)
-        return self.running + self.waiting
+            left = int(self._choose(answers, logits))
+        while len(self._chosen) > left:
+            self._hand_out(self._chosen.popleft())
+        return self.running + self.waiting + len(self._unheard())
 
-    def _advance(self, answers: Sequence[_Answer], logits: Tensor) -> None:
-        """Give every answer its next token, from a row of `logits` each."""
-        for answer, token, row in zip(answers, choose(logits, answers), range(len(answers)), strict=True):
-            if answer.over:  # cancelled by another's sink
+    def _choose(self, answers: list[_Answer], logits: Tensor) -> bool:
+        """Give answers in neighbouring rows their next tokens, from a row of `logits` each, on the device.
+
+        Returns whether the next step may begin before the tokens are handed out. What it computes for an answer that
+        turns out to have ended is lost, and its slot is given away with it.
+        """
+        choice, row = choose(logits, answers), answers[0].row
+        self.decoder.tokens[row : row + len(answers)].copy_(choice.tokens)
+        self._chosen.append(_Chosen(answers, choice, logits))
+        remembers = self.decoder.remembered > 1
+        ahead = self.ahead and all(a.sampling.logprobs is None and (remembers or not a.keep_state) for a in answers)
+        for answer in answers:
+            answer.asked += 1
+        for answer in answers:
+            if ahead and not answer.keep_state and answer.asked == answer.sampling.max_new_tokens:
+                self._vacate(answer)
+        return ahead
+
+    def _hand_out(self, chosen: _Chosen) -> None:
+        tokens = chosen.choice.read()
+        if any(token < 0 and not answer.over for answer, token in zip(chosen.answers, tokens, strict=True)):
+            raise UserError("the model gives logits that are no numbers; its weights are damaged or overflow")
+        for row, (answer, token) in enumerate(zip(chosen.answers, tokens, strict=True)):
+            if answer.over:  # cancelled, or ended by a token that was not known yet when this one was computed
                 continue
+            answer.heard += 1
             top = answer.sampling.logprobs
-            self._take(answer, token, None if top is None else token_logprobs(logits[row], token, top))
+            self._take(answer, token, None if top is None else token_logprobs(chosen.logits[row], token, top))
 
     def _take(self, answer: _Answer, token: int, logprob: TokenLogprob | None) -> None:
         sampling, text = answer.sampling, ""
@@ -269,8 +319,6 @@ class Engine:
             answer.tokens.append(token)
             if logprob is not None:
                 answer.logprobs.append(logprob)
-            if answer.seen is not None:
-                answer.seen[token] = True
             if answer.text is not None:
                 text = answer.text.push(token)
             if answer.text is not None and answer.text.stopped:
@@ -301,59 +349,105 @@ class Engine:
         answer.sink(delta)
 
     def _state(self, answer: _Answer) -> State:
-        layers = self.decoder.read(answer.row)
-        return State(layers.conv, layers.ssm, (*answer.context, *answer.tokens[: answer.fed]), self.fingerprint)
+        """Before a step that was begun already, whose token the answer does not need."""
+        back = answer.asked - answer.heard
+        layers = self.decoder.read(answer.row, back)
+        tokens = (*answer.context, *answer.tokens[: answer.fed - back])
+        return State(layers.conv, layers.ssm, tokens, self.fingerprint)
 
     def _leave(self, answer: _Answer) -> None:
-        """Free the answer's slot; the last one moves into it, so that running slots lie together."""
         answer.over = True
+        if answer.row >= 0:
+            self._vacate(answer)
+
+    def _vacate(self, answer: _Answer) -> None:
+        """Free the answer's slot; the last one moves into it, so that running slots lie together."""
         last = self._running.pop()
         if last is not answer:
             self.decoder.move(last.row, answer.row)
             self._running[answer.row] = last
             last.row = answer.row
+        answer.row = -1
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def _read_prompts(self) -> None:
-        """At most `prefill_tokens` tokens of as many prompts as there are slots for."""
-        free = self.slots - self.running - sum(prompt.waiting for prompt in self._ready)
-        budget = self.prefill_tokens
+        """At most `prefill_tokens` tokens of as many prompts as there are slots for; on a GPU a pass is filled up.
+
+        A pass of a few short prompts costs there what one of many does, and slots come free one at a time.
+        """
+        free, together = self.slots - self.running - sum(prompt.waiting for prompt in self._ready), not self.exact
+        size = self._bin or (min(BIN, self.prefill_tokens) if self.ahead and together else 0)
+        budget, short = self.prefill_tokens, 0
         parts: list[tuple[_Prompt, int]] = []
         for prompt in self._queue:
-            if free <= 0 or budget <= 0:
-                break
             # Always cut at the same places, so that a prompt's state does not depend on what was read before it.
             length = min(len(prompt.request.prompt) - prompt.done, self.prefill_tokens)
-            if parts and length > budget:
+            if free <= 0 and (not size or length > min(SHORT, -short % size)):
+                break
+            if budget <= 0 or (parts and length > budget):
                 break
             parts.append((prompt, length))
             free, budget = free - prompt.waiting, budget - length
-        for group in [[part] for part in parts] if self.exact else [parts] if parts else []:
-            self._read(group)
+            short += length if length <= SHORT else 0
+        if together:
+            if parts:
+                self._read(parts)
+        else:
+            for group in self._apart(parts):
+                self._read(group)
         while self._queue and self._queue[0].logits is not None:
             self._ready.append(self._queue.popleft())
 
+    def _apart(self, parts: list[tuple[_Prompt, int]]) -> list[list[tuple[_Prompt, int]]]:
+        """One a pass; or short ones in passes of one size (see BIN)."""
+        groups: list[list[tuple[_Prompt, int]]] = []
+        group: list[tuple[_Prompt, int]] = []
+        room = 0
+        for part in parts:
+            if not self._bin or part[1] > SHORT:
+                groups.append([part])
+                continue
+            if part[1] > room:
+                group, room = [], self._bin
+                groups.append(group)
+            group.append(part)
+            room -= part[1]
+        return groups
+
     def _read(self, parts: list[tuple[_Prompt, int]]) -> None:
         """Read the next `length` tokens of each prompt, in one forward pass without padding."""
-        longest = max(length for _, length in parts)
-        ids = torch.zeros(len(parts), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
+        lengths = [length for _, length in parts]
+        filled = bool(self._bin) and max(lengths) <= SHORT
+        missing = self._bin - sum(lengths) if filled else 0
+        lengths += [min(SHORT, missing - at) for at in range(0, missing, SHORT)]
+        longest = max(lengths)
+        ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
         for row, (prompt, length) in enumerate(parts):
             ids[row, :length] = torch.tensor(prompt.request.prompt[prompt.done : prompt.done + length])
-            mask[row, :length] = 1
-        cache = self._cache([prompt.state for prompt, _ in parts])
+        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+        cache = self._cache([*(prompt.state for prompt, _ in parts), *[None] * (len(lengths) - len(parts))])
         hidden = self.model.backbone(
-            ids.to(self.device), attention_mask=mask.to(self.device), cache_params=cache, use_cache=True
+            send(ids, self.device), attention_mask=send(mask, self.device), cache_params=cache, use_cache=True
         ).last_hidden_state
-        for row, (prompt, length) in enumerate(parts):
-            layers: Any = cache.layers
-            conv = tuple(layer.conv_states[0][row, :, 1:].clone() for layer in layers)
-            prompt.state = LayerState(conv, tuple(layer.recurrent_states[0][row].clone() for layer in layers))
+        layers: Any = cache.layers
+        conv = zip(*(layer.conv_states[0][:, :, 1:].unbind(0) for layer in layers), strict=True)
+        ssm = zip(*(layer.recurrent_states[0].unbind(0) for layer in layers), strict=True)
+        done: list[_Prompt] = []
+        last: list[int] = []  # their last tokens, in rows laid end to end
+        for row, ((prompt, length), *state) in enumerate(zip(parts, conv, ssm, strict=False)):
+            prompt.state = LayerState(*state)
             prompt.done += length
             if prompt.done == len(prompt.request.prompt):
-                last = hidden[row, length - 1][None].to(self.model.lm_head.weight.dtype)
-                prompt.logits = self.model.lm_head(last)[0].to(self.decoder.dtype)
+                done.append(prompt)
+                last.append(row * longest + length - 1)
+        if done:
+            last += [0] * (-len(last) % HEADS) if filled else []
+            chosen = hidden.flatten(0, 1).index_select(0, send(torch.tensor(last), self.device))
+            head = self.model.lm_head
+            for at, rows in enumerate(chosen.to(head.weight.dtype).split(HEADS if filled else len(last))):
+                for prompt, logits in zip(done[at * HEADS :], head(rows).to(self.decoder.dtype), strict=False):
+                    prompt.logits = logits
 
     def _cache(self, states: list[LayerState | None]) -> Any:
         """A transformers cache with a row a state; a text's beginning is a state of zeros."""
@@ -376,23 +470,30 @@ class Engine:
     def _fill_slots(self) -> None:
         """Start waiting answers in free slots; each gets its first token from the prompt's logits."""
         while self._ready and self.running < self.slots:
-            prompt = self._ready[0]
-            answer = self._start(prompt)
-            if not prompt.waiting:
-                self._ready.popleft()
-            assert prompt.logits is not None
-            self._advance([answer], prompt.logits[None])
+            answers: list[_Answer] = []
+            logits: list[Tensor] = []
+            while self._ready and self.running < self.slots:
+                prompt = self._ready[0]
+                assert prompt.logits is not None
+                answers.append(self._start(prompt))
+                logits.append(prompt.logits)
+                if not prompt.waiting:
+                    self._ready.popleft()
+            if not self._choose(answers, torch.stack(logits)):
+                while self._chosen:
+                    self._hand_out(self._chosen.popleft())
 
     def _start(self, prompt: _Prompt) -> _Answer:
         request, index = prompt.request, prompt.started
         prompt.started += 1
+        self.waiting -= 1
         sampling = request.sampling
         before = request.state.tokens if request.state is not None else ()
         context = (*before, *request.prompt)
         seen = None
         if sampling.repetition_penalty != 1:
-            seen = torch.zeros(self.decoder.head.outputs, dtype=torch.bool, device=self.device)
-            seen[torch.tensor(context, device=self.device)] = True
+            seen = torch.zeros(self.decoder.logits.shape[1], dtype=torch.bool, device=self.device)
+            seen.index_fill_(0, send(torch.tensor(context), self.device), True)
         text = TextStream(self.tokenizer, sampling.stop) if prompt.stream or sampling.stop else None
         answer = _Answer(
             prompt.ticket, index, sampling, prompt.sink, random.Random(sampling.answer_seed(context, index)), text,

@@ -6,7 +6,6 @@ top-p, min-p. Answers with the same rules are computed together, row by row, so 
 
 from __future__ import annotations
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambalign.generation.requests import Sampling, TokenLogprob
-from mambalign.recipe import UserError
+from mambalign.ops.backends import send
 
 Rules = tuple[float, int, float, float]
 
@@ -29,13 +28,30 @@ class Chooser(Protocol):
     seen: Tensor | None
 
 
-def choose(logits: Tensor, answers: Sequence[Chooser]) -> list[int]:
-    """A token a row of `logits [n, V]`. Exactly one random number is used for each row that is not greedy.
+class Choice:
+    """Chosen tokens: int64 `[n]` on the device, and on their way to the host."""
 
-    Raises:
-        UserError: a row of logits that are no numbers.
+    def __init__(self, tokens: Tensor, sound: Tensor):
+        self.tokens = tokens
+        self._arrived = None
+        self._copy = torch.where(sound, tokens, -1).to("cpu", non_blocking=True)
+        if tokens.device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tokens.device))
+
+    def read(self) -> list[int]:
+        """The tokens, -1 where the logits are no numbers; waits until they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.tolist()
+
+
+def choose(logits: Tensor, answers: Sequence[Chooser]) -> Choice:
+    """A token a row of `logits [n, V]`, without waiting for the device; chosen tokens become `seen`.
+
+    Exactly one random number is used for each row that is not greedy.
     """
-    scores = logits
+    scores, device = logits, logits.device
     for row, answer in enumerate(answers):
         if answer.seen is not None:
             scores = logits.clone() if scores is logits else scores
@@ -46,16 +62,20 @@ def choose(logits: Tensor, answers: Sequence[Chooser]) -> list[int]:
         s = answer.sampling
         if s.temperature > 0:
             groups[(s.temperature, s.top_k, s.top_p, s.min_p)].append(row)
-    likeliest = scores.max(-1)  # of equals the first, as argmax; the highest is a number where all are
-    if not all(map(math.isfinite, likeliest.values.tolist())):
-        raise UserError("the model gives logits that are no numbers; its weights are damaged or overflow")
-    chosen: list[int] = likeliest.indices.tolist()
+    # Of equals the first, as argmax; the highest is a number where all are.
+    highest, chosen = scores.max(-1)
     for rules, rows in groups.items():
-        part = scores if len(rows) == len(answers) else scores[rows]
-        draws = torch.tensor([answers[row].random.random() for row in rows], dtype=torch.float64)
-        for row, token in zip(rows, draw(warped(part, *rules), draws.to(logits.device)).tolist(), strict=True):
-            chosen[row] = token
-    return chosen
+        where = send(torch.tensor(rows), device)
+        part = scores if len(rows) == len(answers) else scores.index_select(0, where)
+        draws = send(torch.tensor([answers[row].random.random() for row in rows], dtype=torch.float64), device)
+        if len(rows) == 1 and device.type == "cuda":  # a running sum of one row alone has no fixed order there
+            part, draws = part.expand(2, -1), draws.expand(2)
+        drawn = draw(warped(part, *rules), draws)[: len(rows)]
+        chosen.index_copy_(0, where, drawn)
+    for row, answer in enumerate(answers):
+        if answer.seen is not None:
+            answer.seen.index_fill_(0, chosen[row : row + 1], True)
+    return Choice(chosen, highest.isfinite())
 
 
 def warped(scores: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:

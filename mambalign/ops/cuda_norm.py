@@ -140,3 +140,15 @@ def add_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:
     """CUDA backend; arguments as `mambalign.ops.reference.add_rms_norm`."""
     y, total = AddRMSNorm.apply(*args)
     return y, total
+
+
+def add_rms_norm_into(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, y: Tensor, total: Tensor, scales: Tensor
+) -> None:
+    """The forward pass into buffers, for a CUDA graph: `y` the norm, `total` the sum (it may be `residual`).
+
+    All contiguous `[rows, H]`, `residual` in `total`'s dtype. weight: `[H]`. scales: fp32 `[rows]`, 1 / rms.
+    """
+    values = {"x": x, "residual": residual, "total": total, "y": y, "scales": scales, "weight": weight, "eps": eps}
+    launcher = _launcher(x.shape[-1], y.dtype, x.dtype, total.dtype, weight.dtype, x.device)
+    launcher("norm_forward", x.shape[0], launcher.blocks(x.shape[0], FORWARD_THREADS), values)

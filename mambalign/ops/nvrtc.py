@@ -89,12 +89,16 @@ def pack(source: Path, values: dict[str, Any]) -> Any:
 
 
 class Module:
-    """The kernels of one compiled source on one device; each takes a single `struct Params`."""
+    """The kernels of one compiled source on one device; each takes a single `struct Params`.
+
+    The macro CARVEOUT is what they would like to have of the L1 cache as shared memory, in percent; 100 if not given.
+    """
 
     def __init__(self, source: Path, macros: tuple[tuple[str, int], ...], device: torch.device):
         from cuda.bindings import driver
 
         self._driver, self.source, self.macros = driver, source, dict(macros)
+        self._carveout = self.macros.get("CARVEOUT", 100)
         self.device = device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
         started = time.perf_counter()
         self._image = _compile(source, macros, device)
@@ -125,7 +129,7 @@ class Module:
         driver = self._driver
         function = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        _checked(driver.cuFuncSetAttribute(function, carveout, 100))
+        _checked(driver.cuFuncSetAttribute(function, carveout, self._carveout))
         self._functions[name] = function
         return function
 

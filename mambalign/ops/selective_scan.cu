@@ -51,18 +51,7 @@ struct Params {
   i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined;
 };
 
-// log(1 + exp(x)) as max(x, 0) + log1p(exp(-|x|)); log1p(e) = 2 artanh(e / (2 + e)) by its series, 1e-7 relative.
-__device__ __forceinline__ float step_size(float x) {
-  if (!SOFTPLUS) return x;
-  const float e = exp_fast(-fabsf(x)), s = e * reciprocal(2.f + e), s2 = s * s;
-  float series = 1.f / 13.f;
-  series = series * s2 + 1.f / 11.f;
-  series = series * s2 + 1.f / 9.f;
-  series = series * s2 + 1.f / 7.f;
-  series = series * s2 + 1.f / 5.f;
-  series = series * s2 + 1.f / 3.f;
-  return fmaxf(x, 0.f) + 2.f * (s + s * s2 * series);
-}
+__device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
 
 // The derivative of softplus where its value is dt: 1 - exp(-dt), by its series for small steps, where that would cancel.
 __device__ __forceinline__ float step_size_slope(float dt) {

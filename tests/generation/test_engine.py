@@ -13,12 +13,13 @@ import torch
 import transformers
 from transformers.generation import logits_process
 
-from mambalign.generation import decode
-from mambalign.generation.decode import Decoder, Plan, select_step
+from mambalign.generation import stepper
+from mambalign.generation.decode import Decoder
 from mambalign.generation.engine import Engine, end_ids
 from mambalign.generation.requests import Completion, Delta, Request, Sampling
 from mambalign.generation.sampling import draw, warped
 from mambalign.generation.state import LayerState, State
+from mambalign.generation.stepper import Plan, select_step
 from mambalign.generation.text import TextStream
 from mambalign.models import MambaForCausalLM
 from mambalign.models.checkpoint import load_model
@@ -572,13 +573,13 @@ def test_a_program_that_is_only_replayed_is_a_step(monkeypatch: pytest.MonkeyPat
     """What a graph does: the calls are recorded once, with the buffers of that moment, and nothing else runs later."""
     recorded: list[Any] = []
 
-    def captured(calls: list[Any]) -> Any:
+    def captured(calls: list[Any], stream: Any) -> Any:
         recorded.append(calls)
         return lambda: [call() for call in calls]
 
     requests = requests_of_all_kinds()
     expected = Engine(pair("mamba")[1], None, slots=4).generate(requests)
-    monkeypatch.setattr(decode, "_captured", captured)
+    monkeypatch.setattr(stepper, "_captured", captured)
     engine = Engine(pair("mamba")[1], None, slots=4)
     engine.decoder.step_kind = ("graph", "")
     assert engine.generate(requests) == expected

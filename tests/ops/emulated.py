@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mambalign.ops import nvrtc
+import pytest
+
+from mambalign.ops import cuda_conv, cuda_norm, cuda_scan, nvrtc
 
 COMPILER = shutil.which("g++")
 
@@ -146,3 +148,19 @@ class EmulatedModule:
 def module(source: Path, macros: tuple[tuple[str, int], ...], folder: Path) -> EmulatedModule:
     """Compiled once per test process."""
     return EmulatedModule(source, macros, folder / "-".join(f"{name}{value}" for name, value in macros))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From here on CPU tensors take the CUDA backends; `forget` what they chose afterwards."""
+    monkeypatch.setattr(nvrtc, "module", lambda source, macros, device: module(source, macros, folder / source.stem))
+    monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
+    monkeypatch.setattr(cuda_conv, "STATIC", False)
+    forget()
+
+
+def forget() -> None:
+    """The kernels that ops hold on to, emulated or not."""
+    for cached in (cuda_conv._compiled, cuda_norm._launcher):
+        cached.cache_clear()

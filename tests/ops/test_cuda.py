@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mambalign.ops import (
     add_rms_norm,
     causal_conv1d,
     cuda_conv,
+    cuda_decode,
     cuda_logps,
     cuda_norm,
     cuda_scan,
@@ -32,6 +34,7 @@ from tests.ops.test_ops import (
     added_and_normed,
     assert_same,
     conv_inputs,
+    one_step_is_the_ops,
     outputs_and_gradients,
     relative_error,
     scan_inputs,
@@ -42,24 +45,15 @@ pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here t
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("emulated")
-    return lambda source, macros: emulated.module(source, macros, folder / source.stem)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
 
 
 @pytest.fixture(autouse=True)
-def emulation(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(nvrtc, "module", lambda source, macros, device: built(source, macros))
-    monkeypatch.setattr(nvrtc, "_unavailable", lambda device: None)
-    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
-    monkeypatch.setattr(cuda_conv, "STATIC", False)
-    chosen = (cuda_conv._compiled, cuda_norm._launcher)  # they hold on to modules
-    for cached in chosen:
-        cached.cache_clear()
+def emulation(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    emulated.install(monkeypatch, built)
     yield
-    for cached in chosen:
-        cached.cache_clear()
+    emulated.forget()
 
 
 @pytest.fixture(params=["whole segments", "pieces"])
@@ -336,6 +330,24 @@ def test_results_repeat_bit_for_bit() -> None:
         assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
 
 
+@pytest.mark.parametrize(
+    ("D", "N", "W", "dtype"),
+    [(5, 3, 1, torch.float32), (40, 16, 4, torch.bfloat16), (132, 4, 2, torch.float16), (7, 20, 3, torch.bfloat16)],
+    ids=str,
+)
+def test_a_step_of_generation_is_the_ops_at_one_token(D: int, N: int, W: int, dtype: torch.dtype) -> None:
+    """Twice in a row, so that the windows and states that the first left are right, too."""
+    one_step_is_the_ops(D, N, W, dtype, "cpu")
+
+
+def test_norm_into_the_stream_itself() -> None:
+    x, stream, weight = torch.randn(3, 700).bfloat16(), torch.randn(3, 700), torch.randn(700)
+    y, total = add_rms_norm(x, stream, weight, 1e-3, torch.bfloat16, backend="cuda")
+    into = torch.full((3, 700), torch.nan, dtype=torch.bfloat16)
+    cuda_norm.add_rms_norm_into(x, stream, weight, 1e-3, into, stream, torch.empty(3))
+    assert torch.equal(into, y) and torch.equal(stream, total)
+
+
 def test_what_a_backend_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = scan_inputs(5, 1, torch.float32, N=17)
     with pytest.raises(ValueError, match="holds at most 16 states a channel, A has 17"):
@@ -351,6 +363,7 @@ def test_structs_of_host_and_kernels_agree() -> None:
     for source, constants in (
         (cuda_scan.PARAMETERS, {"STATES": cuda_scan.STATES}),
         (nvrtc.PREAMBLE, {"SUMMERS": nvrtc.SUMMERS // 32}),
+        (cuda_decode.SOURCE, {"THREADS": cuda_decode.THREADS}),
         (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
         (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES}),
     ):

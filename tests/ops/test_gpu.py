@@ -25,6 +25,7 @@ from tests.ops.test_ops import (
     added_and_normed,
     assert_same,
     conv_inputs,
+    one_step_is_the_ops,
     outputs_and_gradients,
     relative_error,
     scan_inputs,
@@ -137,6 +138,12 @@ def test_norm(width: int, rows: int) -> None:
 @pytest.mark.parametrize("case", NORM_CASES)
 def test_add_and_norm(case: str, width: int, backend: str) -> None:
     added_and_normed(backend, case, width, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("D", "N", "W"), [(5, 3, 1), (1536, 16, 4), (132, 4, 2), (7, 20, 3)])
+def test_a_step_of_generation_is_the_ops_at_one_token(D: int, N: int, W: int, dtype: torch.dtype) -> None:
+    one_step_is_the_ops(D, N, W, dtype, "cuda")
 
 
 @pytest.mark.parametrize("backend", ["cuda", "torch"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from mambalign.ops import (
     Segments,
     add_rms_norm,
     causal_conv1d,
+    cuda_decode,
     rms_norm,
     selective_scan,
     ssd,
@@ -177,6 +179,43 @@ def added_and_normed(backend: str, case: str, width: int, device: str = "cpu") -
         assert torch.equal(ours[1], theirs[1].to(sum_dtype))
         assert [g.dtype for g in ours[2:]] == [t.dtype for t in given if t is not None]
         assert all(relative_error(a, b) <= tolerance for a, b in zip(ours, theirs, strict=True))
+
+
+def one_step_is_the_ops(D: int, N: int, W: int, dtype: torch.dtype, device: str) -> None:
+    """`cuda_decode`, with views as generation passes them, against convolution and scan of segments of one token."""
+    rows, rank = 3, 6
+    inputs = conv_inputs(2 * rows, rows, dtype, D=D, W=W) | scan_inputs(2 * rows, rows, torch.float32, D=D, N=N)
+    given = {name: value.detach().to(device) for name, value in inputs.items()}
+    xz, low, delta = (torch.randn(2, rows, n).to(device, dtype) for n in (2 * D, rank + 2 * N, D))
+    window, state = (torch.randn(rows, *shape).to(device) for shape in ((W - 1, D), (N, D)))
+    window = window.to(dtype)
+    exact = {"window": window.double().transpose(1, 2).cpu(), "state": state.double().transpose(1, 2).cpu()}
+    weight, A = given["weight"].float().t().contiguous(), given["A"].t().contiguous()
+    each = Segments.from_lengths([1] * rows)
+    for x, z, part, step in zip(*xz.split(D, 2), low, delta, strict=True):
+        u, y, widened = torch.empty(rows, D, dtype=dtype, device=device), torch.empty_like(x), part.double().cpu()
+        cuda_decode.conv_step(x, window, weight, given["bias"].float(), True, u, window)
+        cuda_decode.state_step(
+            u, step, A * math.log2(math.e), part, given["D"], z, given["delta_bias"], state, y, state
+        )
+        options = {"segments": each, "output_final_state": True, "backend": "reference"}
+        double = {name: value.double().cpu() for name, value in given.items()}
+        expected_u, exact["window"] = causal_conv1d(
+            x.double().cpu(), double["weight"], double["bias"], "silu", initial_state=exact["window"], **options
+        )
+        assert relative_error(u.double().cpu(), expected_u) < TOLERANCE[dtype]
+        B, C = widened[:, rank:].split(N, 1)
+        expected_y, exact["state"] = selective_scan(
+            u.double().cpu(), step.double().cpu(), double["A"], B, C, double["D"], z.double().cpu(),
+            double["delta_bias"], True, initial_state=exact["state"], **options,
+        )  # fmt: skip
+        assert relative_error(y.double().cpu(), expected_y) < TOLERANCE[dtype]
+        assert torch.equal(window.double().transpose(1, 2).cpu(), exact["window"])
+        assert relative_error(state.double().transpose(1, 2).cpu(), exact["state"]) < 1e-5
+    parts = low[0].double().cpu().split([rank, N, N], 1)
+    cuda_decode.low_norm(low[0], N, 0.1)
+    expected = torch.cat([x * torch.rsqrt(x.square().mean(1, keepdim=True) + 0.1) for x in parts], 1)
+    assert relative_error(low[0].double().cpu(), expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("case", NORM_CASES)

@@ -1,0 +1,224 @@
+"""The GPU's way of generating, without a GPU: fused kernels emulated, steps begun before their tokens are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mambalign.generation import engine as engines
+from mambalign.generation import fused, stepper
+from mambalign.generation.engine import Engine
+from mambalign.generation.fused import FusedDecoder, make_decoder
+from mambalign.generation.requests import Completion, Delta, Request, Sampling
+from tests.generation.conftest import pair
+from tests.generation.test_engine import GREEDY, LENGTHS, greedy, only, prompt, requests_of_all_kinds
+from tests.ops import emulated
+from tests.train.conftest import byte_tokenizer
+
+needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here to compile the emulation with")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+def fused_engine(model: Any, built: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
+    """Its decoder takes the kernels, emulated; the model reads prompts with plain PyTorch, which is faster here."""
+    emulated.install(monkeypatch, built)
+    engine = Engine(model, byte_tokenizer(), **options)
+    model.set_backend("torch")
+    assert isinstance(engine.decoder, FusedDecoder)
+    engine.ahead = True
+    return engine
+
+
+# --------------------------------------------------------------------------------------------------- the fused step
+
+FAMILY_VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("mamba", {}),
+    ("mamba", {"use_bias": True, "use_conv_bias": False, "conv_kernel": 2}),
+    ("mamba", {"residual_in_fp32": False, "time_step_rank": 7, "tie_word_embeddings": False}),
+    ("falcon_mamba", {"mixer_rms_eps": 0.1, "use_bias": True}),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("family", "changes"), FAMILY_VARIANTS, ids=str)
+def test_greedy_is_transformers_generate(
+    family: str, changes: dict[str, Any], exact: bool, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, ours = pair(family, **changes)
+    engine = fused_engine(ours, built, monkeypatch, slots=4, prefill_tokens=96, exact=exact)
+    found = engine.generate([Request(prompt(length), GREEDY) for length in LENGTHS[:-1]])
+    for length, answers in zip(LENGTHS, found, strict=False):
+        assert only([answers]).tokens == greedy(plain, prompt(length)), length
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+def test_a_step_in_bf16_is_the_models(family: str, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = pair(family)[1].to(torch.bfloat16)
+    engine = fused_engine(ours, built, monkeypatch, slots=2)
+    answer = only(engine.generate([Request(prompt(20), replace(GREEDY, logprobs=0), keep_state=True)]))
+    logprobs = ours(torch.tensor([prompt(20) + answer.tokens])).logits[0].detach().log_softmax(-1)
+    got = torch.tensor([item.logprob for item in answer.logprobs or ()])
+    assert float((got - logprobs[19:-1].gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]).abs().max()) < 0.05
+    assert answer.state is not None
+    assert {t.dtype for t in answer.state.conv} == {torch.bfloat16}
+    assert {t.dtype for t in answer.state.ssm} == {torch.float32}
+    # Read on from the state: the same as never having stopped.
+    rest = Request(answer.tokens[-1:], replace(GREEDY, max_new_tokens=4), answer.state)
+    longer = only(engine.generate([Request(prompt(20), replace(GREEDY, max_new_tokens=14))])).tokens
+    assert only(engine.generate([rest])).tokens == longer[10:]
+
+
+@needs_compiler
+def test_answers_alone_and_together_are_the_same_bits(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts read together, padded to one length, too: products of one shape."""
+    engine = fused_engine(pair("mamba")[1], built, monkeypatch, slots=4, prefill_tokens=96)
+    monkeypatch.setattr(engines, "SHORT", 40)
+    requests = requests_of_all_kinds()
+    alone = [engine.generate([request])[0] for request in requests]
+    sizes = []
+    backbone = engine.model.backbone.forward
+
+    def counted(ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+        sizes.append((len(ids), int(attention_mask.sum())))
+        return backbone(ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(engine.model.backbone, "forward", counted)
+    assert engine.generate(requests) == alone
+    together = [tokens for rows, tokens in sizes if rows > 1]
+    assert set(together) == {96} and len(sizes) < 14, sizes
+
+
+@needs_compiler
+def test_a_recorded_program_is_a_step(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a graph replays it: recorded once for each number of rows, with the buffers of that moment."""
+    engine = fused_engine(pair("mamba")[1], built, monkeypatch, slots=4)
+    requests = [Request(prompt(n), GREEDY) for n in (3, 9, 4, 5, 6, 7)]
+    expected = engine.generate(requests)
+    recorded: list[Any] = []
+
+    def captured(calls: list[Any], stream: Any) -> Any:
+        recorded.append(calls)
+        return lambda: [call() for call in calls]
+
+    monkeypatch.setattr(stepper, "_captured", captured)
+    engine.decoder._programs.clear()
+    engine.decoder.step_kind = ("graph", "")
+    assert engine.generate(requests) == expected
+    assert 0 < len(recorded) <= len(engine.decoder.plans)
+
+
+def test_what_has_no_kernels_takes_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = pair("mamba")
+    assert "needs an NVIDIA GPU" in str(fused.unavailable(ours)) and not isinstance(make_decoder(ours, 1), FusedDecoder)
+    monkeypatch.setattr(fused.nvrtc, "_unavailable", lambda device: None)
+    assert fused.unavailable(ours) is None
+    for family, changes, says in (
+        ("mamba2", {}, "no kernels for mamba2"),
+        ("mamba", {"hidden_act": "gelu"}, "no activation 'gelu'"),
+        ("mamba", {"state_size": 65}, "64 states"),
+    ):
+        assert says in str(fused.unavailable(pair(family, **changes)[1]))
+    assert "in one of bf16" in str(fused.unavailable(pair("mamba")[1].double()))
+    ours.set_backend("torch")
+    assert "backend 'torch'" in str(fused.unavailable(ours))
+
+
+# ------------------------------------------------------------------------------------- steps begun before the tokens
+
+
+@pytest.fixture(params=["plain", pytest.param("fused", marks=needs_compiler)])
+def both(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Engine]:
+    """(one that looks at every token before the next step, one that does not), with answers that end early."""
+    found = []
+    for ahead in (False, True):
+        options = {"slots": 4, "prefill_tokens": 96}
+        if request.param == "fused":
+            engine = fused_engine(pair("mamba")[1], built, monkeypatch, **options)
+        else:
+            engine = Engine(pair("mamba")[1], byte_tokenizer(), **options)
+        engine.ahead, engine.ends = ahead, frozenset(range(40))  # of 264: an answer in seven tokens ends
+        found.append(engine)
+    return found[0], found[1]
+
+
+def ending_requests() -> list[Request]:
+    kept = [replace(r, keep_state=i % 3 == 0) for i, r in enumerate(requests_of_all_kinds())]
+    kept += [Request(prompt(n, 4), Sampling(max_new_tokens=12), keep_state=True) for n in (3, 4, 50, 6, 7, 8, 90, 1, 2)]
+    stops = [Request(prompt(n), Sampling(max_new_tokens=30, stop=("a", "Z"))) for n in (3, 8, 21)]
+    ending = [Request(prompt(n, 3), Sampling(n=2, max_new_tokens=25, temperature=1.2)) for n in (2, 9, 33, 100, 7)]
+    return [*kept, *ending, *stops, Request(prompt(5, 2), replace(GREEDY, ignore_end=False, max_new_tokens=20))]
+
+
+def plainly(found: list[list[Completion]]) -> list[Any]:
+    return [
+        (
+            a.text,
+            a.tokens,
+            a.finish_reason,
+            a.logprobs,
+            a.state and (a.state.tokens, [t.tolist() for t in (*a.state.conv, *a.state.ssm)]),
+        )
+        for answers in found
+        for a in answers
+    ]
+
+
+def test_beginning_before_the_tokens_are_known_changes_nothing(both: tuple[Engine, Engine]) -> None:
+    usual, ahead = both
+    requests = ending_requests()
+    expected = usual.generate(requests)
+    assert plainly(ahead.generate(requests)) == plainly(expected)
+    assert {answer.finish_reason for answers in expected for answer in answers} == {"stop", "length"}
+    assert ahead.running == ahead.waiting == 0 and ahead.step() == 0
+    assert plainly(ahead.generate(requests[:3])) == plainly(expected[:3])  # nothing of the last batch is left
+
+
+def test_no_step_is_spent_on_answers_that_have_their_length(both: tuple[Engine, Engine]) -> None:
+    requests = [Request(prompt(n), replace(GREEDY, max_new_tokens=n)) for n in (5, 9, 2, 1, 7, 12, 3)]
+    counts = []
+    for engine in both:
+        rows: list[int] = []
+        real = engine.decoder.step
+        engine.decoder.step = lambda count, rows=rows, real=real: (rows.append(count), real(count))[1]  # type: ignore
+        engine.generate(requests)
+        counts.append(sum(rows))
+    assert counts[0] == counts[1] == sum(n - 1 for n in (5, 9, 2, 1, 7, 12, 3))
+
+
+def test_cancelling_between_a_step_and_its_tokens(both: tuple[Engine, Engine]) -> None:
+    usual, ahead = both
+    kept = Request(prompt(9), replace(GREEDY, max_new_tokens=12))
+    expected = only(usual.generate([kept])).tokens
+    got: list[Delta] = []
+    dropped: list[Delta] = []
+    ticket = ahead.add(Request(prompt(3), Sampling(n=6, max_new_tokens=2, ignore_end=True)), dropped.append)
+    ahead.add(kept, got.append)
+    ahead.step()  # those of the first have their length now, and gave their slots away
+    before = len(dropped)
+    ahead.cancel(ticket)
+    while ahead.step():
+        pass
+    assert len(dropped) == before and tuple(t for delta in got for t in delta.tokens) == expected
+    assert ahead.running == ahead.waiting == 0
+
+
+def test_logits_that_are_no_numbers_are_said() -> None:
+    from mambalign.recipe import UserError
+
+    broken = pair("mamba")[1]
+    broken.backbone.norm_f.weight.data.fill_(torch.nan)
+    engine = Engine(broken, None, slots=1)
+    engine.ahead = True
+    with pytest.raises(UserError, match="logits that are no numbers"):
+        engine.generate([Request(prompt(3), GREEDY)])
+    assert engine.running == engine.waiting == 0
