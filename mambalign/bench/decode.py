@@ -2,7 +2,8 @@
 
 Ours is the engine. Beside it: mamba-ssm's own loop under its CUDA graph (on a GPU, where it is installed), or
 transformers' `generate()` of the same Mamba (on a CPU), and a Transformer of the same size with its key-value cache.
-Correctness comes first: no number is shown unless those with the same weights give the same greedy tokens.
+Correctness comes first: no number is shown unless those with the same weights give the same greedy tokens, or in 16
+bits tokens whose logits are next to the highest, since two implementations part at a near tie.
 
 Rates are differences between a short and a long answer, so reading the prompt does not count, medians of turns. With
 uneven answers (each length from an eighth to all, no order) mamba-ssm goes on until its longest answer is done, and the
@@ -32,6 +33,8 @@ from mambalign.recipe import UserError, nearest
 
 PROMPT = 16
 SHORT = 4  # tokens of the short answer
+ROUNDS = 16  # uneven answers for each slot: fewer, and slots that run empty at the end would decide
+NEAR_TIE = 0.15  # standard deviations of the logits; a token chosen blindly lies about four below the highest
 Prompts = Sequence[tuple[int, ...]]
 OURS, PEER, HF_MAMBA, TRANSFORMER = "ours", "mamba-ssm", "transformers' Mamba", "transformer"
 
@@ -140,6 +143,17 @@ def same(found: Prompts, expected: Prompts, who: str) -> None:
             raise NoNumbers(f"answer {number} differs from {who}'s from token {at} on: no numbers")
 
 
+@torch.inference_mode()
+def follows(model: Any, asked: Prompts, answers: Prompts, who: str) -> None:
+    """NoNumbers where a token of an answer is not what `model`, given all before it, would say, but for near ties."""
+    ids = torch.tensor([[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)], device=DEVICE)
+    logits = model(ids).logits[:, PROMPT - 1 : -1].float()
+    chosen = logits.gather(2, ids[:, PROMPT:, None])[..., 0]
+    missed = float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
+    if not missed <= NEAR_TIE:
+        raise NoNumbers(f"a token is {missed:.2f} standard deviations below {who}'s first choice: no numbers")
+
+
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
@@ -211,7 +225,7 @@ def _plain(model: Any) -> Any:
 
 
 def batched(options: Options, batch: int, model: Any, others: dict[str, Any]) -> list[Row]:
-    """Tokens/s of `batch` answers at once: all of one length, then four times as many uneven ones."""
+    """Tokens/s of `batch` answers at once: all of one length, then many more uneven ones."""
     vocabulary = min(int(one.config.vocab_size) for one in (model, others[TRANSFORMER]))
     asked, tokens = prompts(batch, PROMPT, vocabulary), options.tokens
     engines = {OURS: Engine(model, None, slots=batch)}
@@ -224,9 +238,9 @@ def batched(options: Options, batch: int, model: Any, others: dict[str, Any]) ->
         if others[name] is not None:
             runs[name] = partial(generate, others[name], asked)
     first = engine_tokens(engines[OURS], asked, [SHORT] * batch)
-    for name in (PEER, HF_MAMBA):  # bf16 parts two implementations at a near tie, but not at once
+    for name in (PEER, HF_MAMBA):
         if others[name] is not None:
-            same(first, [row[:SHORT] for row in runs[name](SHORT)], name)
+            follows(others[name], asked, first, name)
     if others[HF_MAMBA] is not None and options.weights == "fp32":
         same(runs[OURS](tokens), runs[HF_MAMBA](tokens), HF_MAMBA)
     rows = []
@@ -247,8 +261,8 @@ def _engine_run(engine: Engine, asked: Prompts, tokens: int) -> Any:
 
 def _uneven(options: Options, batch: int, engines: dict[str, Engine], peer: Any, asked: Prompts) -> list[Row]:
     tokens = options.tokens
-    lengths = [max(1, tokens // 8 + (7 * tokens // 8) * (i * 37 % 64) // 63) for i in range(4 * batch)]
-    given = [*asked] * 4
+    lengths = [max(1, tokens // 8 + (7 * tokens // 8) * (i * 37 % 64) // 63) for i in range(ROUNDS * batch)]
+    given = [*asked] * ROUNDS
 
     def theirs() -> None:
         for start in range(0, len(given), batch):
