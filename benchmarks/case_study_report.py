@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from plot import OURS, PEER, TRANSFORMER
 
+from mambalign.bench.figures import OURS, PEER, TRANSFORMER
 from mambalign.demo.evaluate import Share, share
 from mambalign.evals.statistics import Estimate, clustered_mean
 

@@ -47,7 +47,9 @@ class CudaDropout(torch.autograd.Function):
 def kernels() -> Iterator[None]:
     """Our kernels' Python on a CPU: it allocates what it does on a GPU, and launches nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvrtc, "module", lambda *_: SimpleNamespace(launch=lambda *_: None))
+        patch.setattr(
+            nvrtc, "module", lambda _, macros, device: SimpleNamespace(launch=lambda *_: None, macros=dict(macros))
+        )
         patch.setattr(nvrtc, "_unavailable", lambda device: None)
         patch.setattr(nvrtc, "multiprocessors", lambda device: 132)
         patch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: CudaDropout.apply(x))
