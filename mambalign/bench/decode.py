@@ -94,7 +94,7 @@ def peer_tokens(model: Any, rows: Prompts, tokens: int) -> list[tuple[int, ...]]
 
     ids = torch.tensor(rows, device=DEVICE)
     out = decode(ids, model, max_length=ids.shape[1] + tokens, top_k=1, cg=True)
-    return [tuple(row[ids.shape[1] :]) for row in out.tolist()]
+    return [tuple(row[ids.shape[1] :]) for row in out.sequences.tolist()]
 
 
 def transformers_tokens(model: Any, rows: Prompts, tokens: int) -> list[tuple[int, ...]]:

@@ -66,12 +66,12 @@ class MambaLMHeadModel(nn.Module):
         )
 
 
-def decode(ids: Tensor, model: Any, max_length: int, top_k: int, cg: bool) -> Tensor:
+def decode(ids: Tensor, model: Any, max_length: int, top_k: int, cg: bool) -> Any:
     assert top_k == 1 and cg
     with torch.no_grad():
         while ids.shape[1] < max_length:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids
+    return SimpleNamespace(sequences=ids)
 
 
 def packed(x: Tensor) -> Tensor:

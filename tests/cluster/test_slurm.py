@@ -86,6 +86,17 @@ def wait_for(slurm: Callable[..., str], job: str, *states: str, seconds: float =
     until(lambda: state(slurm, job) in states, f"job {job} is {' or '.join(states)}", seconds)
 
 
+def wait_for_restart(slurm: Callable[..., str], job: str, number: int) -> None:
+    """The states in between are too short to be seen for certain."""
+
+    def restarted() -> bool:
+        shown = slurm("scontrol", "-o", "show", "job", job)
+        assert "JobState=COMPLETED" not in shown, "the job was done before it was disturbed"
+        return f" Restarts={number} " in shown
+
+    until(restarted, f"job {job} is started again")
+
+
 def _is_back(slurm: Callable[..., str], node: str) -> bool:
     """Slurm refuses a resume while the node still cleans up, and once it has come back by itself."""
     if slurm("sinfo", "-h", "-p", "low", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"):
@@ -104,7 +115,7 @@ def test_a_chain_survives_what_a_cluster_does(
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)  # as the jobs
     shared = dict(max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=3e-3,
-                  max_steps=40, logging_steps=1, save_steps=4, use_cpu=True, disable_tqdm=True)  # fmt: skip
+                  max_steps=60, logging_steps=1, save_steps=4, use_cpu=True, disable_tqdm=True)  # fmt: skip
     recipes: dict[str, dict[str, Any]] = {
         "sft": shared | dict(model_name_or_path=str(workbench / "model"), dataset_mixer={str(workbench / "sft"): 1.0}),
         "dpo": shared | dict(model_name_or_path="out/sft", dataset_mixer={str(workbench / "dpo"): 1.0},
@@ -137,7 +148,7 @@ def test_a_chain_survives_what_a_cluster_does(
     first, second = slurm("sinfo", "-h", "-p", "low", "-N", "-o", "%N").split()
     at_random_step("sft")
     slurm("sbatch", "--partition=high", "--nodes=2", "--cpus-per-task=16", "--output=/dev/null", "--wrap=sleep 1")
-    wait_for(slurm, jobs["sft"], "PENDING", "COMPLETING")
+    wait_for_restart(slurm, jobs["sft"], 1)
     wait_for(slurm, jobs["sft"], "RUNNING")
     at_random_step("sft")
     slurm("scontrol", "requeue", jobs["sft"])
@@ -146,7 +157,7 @@ def test_a_chain_survives_what_a_cluster_does(
     at_random_step("dpo")
     slurm("scontrol", "update", f"nodename={first}", "state=resume")
     slurm("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
-    wait_for(slurm, jobs["dpo"], "PENDING", "COMPLETING")
+    wait_for_restart(slurm, jobs["dpo"], 1)
     until(lambda: _is_back(slurm, second), "the node is back")
     wait_for(slurm, jobs["eval"], "COMPLETED", "CANCELLED", "FAILED")
 
