@@ -1,6 +1,6 @@
 """Pre-training, SFT, DPO and SimPO of a small Mamba on real data, packed and padded, and what leaking states cost.
 
-    python benchmarks/case_study.py --data ../shared/data              # everything, on a GPU: about 8 minutes
+    python benchmarks/case_study.py --data ../shared/data              # everything, on a GPU: about 15 minutes
     python benchmarks/case_study.py --tiny --work TMP --out TMP/a.json # every line of it on a CPU: about 2 minutes
     python benchmarks/case_study.py --plot-only JSON                   # plot and tables of an earlier run, anywhere
     python benchmarks/case_study.py --write-docs JSON                  # its tables, into docs/case-study.md
@@ -8,7 +8,9 @@
 DATA holds `text`, `sft` and `dpo` (folders of parquet files) and `tokenizer`. The recipes are those of
 `recipes/case-study`; the ways that are no recipes are in `case_study_ways.py`. Every stage leaves a file in
 WORK/results and is passed over where that is there; the JSON holds what is there, raw enough for every table and plot,
-which `case_study_report.py` makes of it. `--only` names groups of stages: packed, leak, padded.
+which `case_study_report.py` makes of it. No text of the data is in it: prompts are named by file and row. `--only`
+names groups of stages: packed, leak, padded; the last two need the models of the first. Packed and leak took 7 minutes
+on an H200.
 
 The padded runs begin from the same weights as the packed ones and read the same examples in the same steps, so their
 losses can be compared one by one. They are slower, and end after `--padded-seconds` of training each, wherever they
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import runpy
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +47,7 @@ SEEDS = (1, 2, 3)
 GROUPS = ("packed", "leak", "padded")
 SIZE, TINY_SIZE = (512, 10), (32, 2)  # width and layers
 PROMPTS, NEW_TOKENS = 64, 192  # whose answers are counted; tokens an answer may have
+SHOWN, SHOWN_FROM = 400, "sft/test_sft.parquet"  # characters that are kept of an answer to be shown; whose prompts
 
 TINY: dict[str, Any] = {
     "max_train_samples": 48, "max_eval_samples": 6, "max_steps": 3, "max_length": 192, "bf16": False,
@@ -102,7 +106,7 @@ class Study:
         }  # fmt: skip
         study = {"benchmark": "case_study", "environment": environment(), "settings": settings, "stages": stages}
         self.options.out.parent.mkdir(parents=True, exist_ok=True)
-        self.options.out.write_text(json.dumps(study) + "\n")
+        self.options.out.write_text(json.dumps(rounded(study), separators=(",", ":")) + "\n")
 
     # ------------------------------------------------------------------------------------------------------ recipes
 
@@ -154,27 +158,29 @@ class Study:
         return {"way": way, "metrics": result.metrics, "curve": curve(folder)} | epoch | facts
 
     def leak(self, way: str, seed: int) -> dict[str, Any]:
-        """SFT for one epoch; held-out log-probs of every document alone, which is right, and in leaking rows."""
+        """SFT for one epoch; held-out log-probs of every document alone, which is right, and in leaking rows. Their
+        numbers of tokens are those of `held_out`."""
         folder = self.work / f"leak-{way}-{seed}"
         changes = {"seed": seed, "num_train_epochs": 1.0, "eval_strategy": "no", "do_eval": False}
         result = self.train("sft", way, output_dir=str(folder), **changes)
         model, rows = self.model(folder), self.rows("sft")
         alone, leaking = (
-            document_logps(model, rows(packing), self.bf16, leak=leak)
+            document_logps(model, rows(packing), self.bf16, leak=leak)[0]
             for packing, leak in ((False, False), (True, True))
         )
         return result | {"seed": seed, "alone": alone, "leaking": leaking}
 
     def held_out(self) -> dict[str, Any]:
-        """Log-probs of held-out documents and pairs under the models of all stages."""
-        found: dict[str, Any] = {"text": {}, "sft": {}, "pairs": {}}
+        """Log-probs of held-out documents and pairs under the models of all stages, and their numbers of tokens."""
+        found: dict[str, Any] = {data: {"logps": {}} for data in ("text", "sft", "pairs")}
         text, sft, pairs = (self.rows(name)(False) for name in ("cpt", "sft", "dpo"))
         for name in ("new", "cpt", "sft", "dpo", "simpo"):
             model = self.model(self.work / name)
-            found["text"][name] = document_logps(model, text, self.bf16)
-            found["sft"][name] = document_logps(model, sft, self.bf16)
+            logps = {"text": document_logps(model, text, self.bf16), "sft": document_logps(model, sft, self.bf16)}
             if name in ("sft", "dpo", "simpo"):
-                found["pairs"][name] = pair_logps(model, pairs, self.bf16)
+                logps["pairs"] = pair_logps(model, pairs, self.bf16)
+            for data, (sums, counts) in logps.items():
+                found[data]["logps"][name], found[data]["tokens"] = sums, counts
         return found | {"betas": {n: self.recipe(n).beta for n in ("dpo", "simpo")}}
 
     def exactness(self) -> dict[str, Any]:
@@ -187,7 +193,8 @@ class Study:
 
     def answers(self) -> dict[str, Any]:
         """Greedy answers of every stage to fixed held-out prompts: the first of every source of the SFT data, which
-        are shown, and the first `PROMPTS` single-turn prompts of the pairs, whose answers are counted."""
+        are shown, and the first `PROMPTS` single-turn prompts of the pairs, whose answers are counted. Answers are
+        kept, prompts are not: they are text of the data, and are named by file and row."""
         from mambalign.data.chat import encode_prompt
         from mambalign.generation.engine import Engine
         from mambalign.generation.requests import Request, Sampling
@@ -200,14 +207,15 @@ class Study:
         tokenizer = load_tokenizer(str(self.work / "sft"))  # with the template, for the pre-trained model too
         requests = [
             Request(tuple(encode_prompt(tokenizer, messages)), Sampling(temperature=0, max_new_tokens=self.new_tokens))
-            for messages in [*[messages for _, messages in shown], *counted]
+            for messages in [*[messages for _, _, messages in shown], *counted]
         ]
-        found: dict[str, Any] = {"prompts": [{"source": source, "messages": messages} for source, messages in shown]}
+        prompts = [{"source": source, "file": SHOWN_FROM, "row": row} for source, row, _ in shown]
+        found: dict[str, Any] = {"prompts": prompts}
         for name in STARTS:
             engine = Engine(self.model(self.work / name), tokenizer)
             texts = [some[0] for some in engine.generate(requests)]
             found[name] = {
-                "shown": [answer.text for answer in texts[: len(shown)]],
+                "shown": [" ".join(answer.text.split())[:SHOWN] for answer in texts[: len(shown)]],
                 "lengths": [len(answer.tokens) for answer in texts[len(shown) :]],
                 "stopped": [answer.finish_reason == "stop" for answer in texts[len(shown) :]],
             }
@@ -239,16 +247,28 @@ class Study:
         )
 
 
-def shown_prompts(data: Path) -> list[tuple[str, list[dict[str, str]]]]:
-    """(source, messages up to the first answer) of the first held-out conversation of every source."""
+def rounded(value: Any) -> Any:
+    """The same with floats of six digits, and without a point where they are whole."""
+    if isinstance(value, dict):
+        return {key: rounded(some) for key, some in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(some) for some in value]
+    if isinstance(value, float) and math.isfinite(value):
+        short = float(f"{value:.6g}")
+        return int(short) if short.is_integer() else short
+    return value
+
+
+def shown_prompts(data: Path) -> list[tuple[str, int, list[dict[str, str]]]]:
+    """(source, row, messages up to the first answer) of the first held-out conversation of every source."""
     from pyarrow.parquet import read_table
 
-    first: dict[str, list[dict[str, str]]] = {}
-    for row in read_table(data / "sft" / "test_sft.parquet", columns=["source", "messages"]).to_pylist():
+    first: dict[str, tuple[str, int, list[dict[str, str]]]] = {}
+    for number, row in enumerate(read_table(data / SHOWN_FROM, columns=["source", "messages"]).to_pylist()):
         if row["source"] not in first:
             roles = [message["role"] for message in row["messages"]]
-            first[row["source"]] = row["messages"][: roles.index("assistant")]
-    return list(first.items())
+            first[row["source"]] = (row["source"], number, row["messages"][: roles.index("assistant")])
+    return list(first.values())
 
 
 def counted_prompts(data: Path, count: int) -> list[list[dict[str, str]]]:

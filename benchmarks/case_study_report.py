@@ -20,44 +20,46 @@ Results = dict[str, Any]
 Array = NDArray[np.float64]
 # Edges of chosen's tokens minus rejected's; about a tenth to a quarter of the held-out pairs lie in each stratum.
 EDGES = (-math.inf, -50.0, 0.0, 50.0, 150.0, 300.0, math.inf)
+PADDED = {
+    "cpt-padded": "padded pre-training", "sft-padded": "padded SFT", "sft-sorted": "SFT padded by length",
+    "dpo-padded": "padded DPO",
+}  # fmt: skip
 WAYS = {"packed": "packed", "padded": "padded", "sorted": "padded by length"}
 TITLES = {"cpt": "pre-training", "sft": "SFT", "dpo": "DPO", "simpo": "SimPO"}
 
 # --------------------------------------------------------------------------------------------------------- statistics
 
 
-def mean_loss(documents: dict[str, Sequence[float]], resamples: int = 2000) -> tuple[float, float, float]:
+def mean_loss(logps: Sequence[float], tokens: Sequence[int], resamples: int = 2000) -> tuple[float, float, float]:
     """Loss per token and its 95% percentile interval, documents drawn anew: a document's tokens go together."""
-    sums, counts = -np.asarray(documents["logps"]), np.asarray(documents["tokens"], dtype=np.float64)
+    sums, counts = -np.asarray(logps), np.asarray(tokens, dtype=np.float64)
     drawn = np.random.default_rng(0).integers(len(sums), size=(resamples, len(sums)))
     low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
 def loss_difference(
-    before: dict[str, Sequence[float]], after: dict[str, Sequence[float]], resamples: int = 2000
+    before: Sequence[float], after: Sequence[float], tokens: Sequence[int], resamples: int = 2000
 ) -> tuple[float, float, float]:
     """Of the same documents under two models, `after` minus `before`, as `mean_loss`."""
-    assert list(before["tokens"]) == list(after["tokens"])
-    difference = np.asarray(after["logps"]) - np.asarray(before["logps"])
-    return mean_loss({"logps": difference.tolist(), "tokens": before["tokens"]}, resamples)
+    return mean_loss((np.asarray(after) - np.asarray(before)).tolist(), tokens, resamples)
 
 
 def margins(pairs: Results, model: str, *, reference: str | None, average: bool, beta: float = 1.0) -> Array:
     """Reward of chosen minus reward of rejected, `[P]`: beta times the log-probs, over the reference's if one is named
     (DPO, arXiv 2305.18290), divided by the completion's tokens if `average` (SimPO, arXiv 2405.14734)."""
-    values = np.asarray(pairs[model]["logps"], dtype=np.float64)
+    values = np.asarray(pairs["logps"][model], dtype=np.float64)
     if reference is not None:
-        values = values - np.asarray(pairs[reference]["logps"])
+        values = values - np.asarray(pairs["logps"][reference])
     if average:
-        values = values / np.asarray(pairs[model]["tokens"])
+        values = values / np.asarray(pairs["tokens"])
     result: Array = beta * (values[:, 0] - values[:, 1])
     return result
 
 
 def length_differences(pairs: Results) -> Array:
     """Tokens of chosen minus those of rejected, `[P]`."""
-    tokens = np.asarray(next(iter(pairs.values()))["tokens"], dtype=np.float64)
+    tokens = np.asarray(pairs["tokens"], dtype=np.float64)
     result: Array = tokens[:, 0] - tokens[:, 1]
     return result
 
@@ -127,11 +129,21 @@ def environment_table(results: Results) -> str:
     facts, (width, layers) = results["environment"], results["settings"]["size"]
     if results["settings"]["tiny"]:
         raise ValueError("these are results of --tiny, which mean nothing: run it on a GPU")
-    return (
+    said = (
         f"{facts['date']}, one {facts['card']}, torch {facts['torch']}, transformers {facts['transformers']}; "
-        f"{width} wide, {layers} layers, bf16 autocast on fp32 weights. Padded runs end after "
-        f"{results['settings']['padded_seconds']:g} seconds of training."
+        f"{width} wide, {layers} layers, bf16 autocast on fp32 weights."
     )
+    if any(name in results["stages"] for name in PADDED):
+        said += f" Padded runs end after {results['settings']['padded_seconds']:g} seconds of training."
+    return said
+
+
+def not_run(stages: Results) -> str:
+    """A sentence about the padded runs that are not there; nothing where all are."""
+    missing = [title for name, title in PADDED.items() if name not in stages]
+    if not missing:
+        return ""
+    return f"*Not run: {', '.join(missing)}. That needs `--only padded`, about {2 * len(missing)} minutes on one GPU.*"
 
 
 def _ways(stages: Results, name: str) -> list[Results]:
@@ -164,15 +176,13 @@ def runs_table(results: Results) -> str:
             )
     head = ["run", "steps", "tokens", "pads", "training", "reference pass", "speed", "peak memory", "GPU busy"]
     head += ["held-out loss at its end"]
-    return _table(head, rows)
+    return "\n\n".join(part for part in (_table(head, rows), not_run(stages)) if part)
 
 
 def agreement_table(results: Results) -> str:
     stages, rows = results["stages"], []
     for name in ("cpt", "sft", "dpo"):
         packed, *others = _ways(stages, name)
-        if not others:
-            raise KeyError(f"{name}-padded")
         unit = "step" if name == "dpo" else "num_tokens"
         for other in others:
             ours, theirs = same_steps(packed, other)
@@ -181,7 +191,8 @@ def agreement_table(results: Results) -> str:
             ratio = speed(packed, unit) / speed(other, unit)
             rows.append([f"{TITLES[name]}, {WAYS[other['way']]}", *cells, f"{ratio:.1f}x"])
     head = ["run", "log lines in both", "loss over them", "largest difference", "mean difference"]
-    return _table([*head, "packed is faster by"], rows)
+    table = _table([*head, "packed is faster by"], rows) if rows else ""
+    return "\n\n".join(part for part in (table, not_run(stages)) if part)
 
 
 def exactness_table(results: Results) -> str:
@@ -198,7 +209,7 @@ def exactness_table(results: Results) -> str:
 def held_out_table(results: Results) -> str:
     found, rows = results["stages"]["held-out"], []
     for name in ("new", *TITLES):
-        values = [_interval(*mean_loss(found[data][name])) for data in ("text", "sft")]
+        values = [_interval(*mean_loss(found[data]["logps"][name], found[data]["tokens"])) for data in ("text", "sft")]
         rows.append([{"new": "random weights", **TITLES}[name], *values])
     return _table(["after", "novels, loss a token", "conversations, loss an answer's token"], rows)
 
@@ -266,18 +277,25 @@ def answers_table(results: Results) -> str:
 def leakage_losses(results: Results) -> dict[tuple[str, str], list[float]]:
     """(trained, read) -> held-out loss for every seed; `read` is "alone" or "leaking"."""
     losses: dict[tuple[str, str], list[float]] = {}
+    tokens = _leak_tokens(results)
     for seed in results["settings"]["seeds"]:
         for way in ("packed", "leaky"):
             stage = results["stages"][f"leak-{way}-{seed}"]
             for read in ("alone", "leaking"):
-                losses.setdefault((way, read), []).append(mean_loss(stage[read], 1)[0])
+                losses.setdefault((way, read), []).append(mean_loss(stage[read], tokens, 1)[0])
     return losses
 
 
-def _all_seeds(results: Results, way: str) -> dict[str, Sequence[float]]:
+def _leak_tokens(results: Results) -> list[int]:
+    tokens: list[int] = results["stages"]["held-out"]["sft"]["tokens"]  # the same documents
+    return tokens
+
+
+def _all_seeds(results: Results, way: str) -> list[float]:
     """Every document's log-prob read alone, the mean of the seeds."""
     runs = [results["stages"][f"leak-{way}-{seed}"]["alone"] for seed in results["settings"]["seeds"]]
-    return {"logps": np.mean([run["logps"] for run in runs], axis=0).tolist(), "tokens": runs[0]["tokens"]}
+    mean: list[float] = np.mean(runs, axis=0).tolist()
+    return mean
 
 
 def leakage_table(results: Results) -> str:
@@ -289,19 +307,19 @@ def leakage_table(results: Results) -> str:
     cost = clustered_mean(np.subtract(losses["leaky", "alone"], losses["packed", "alone"]).tolist())
     each = ", ".join(f"{b - a:+.4f}" for a, b in zip(losses["packed", "alone"], losses["leaky", "alone"], strict=True))
     head = ["trained with packing that is", "read alone (right)", "read in leaking rows", "second minus first"]
-    documents = _interval(*loss_difference(*(_all_seeds(results, way) for way in ("packed", "leaky"))), digits=4)
+    both = [_all_seeds(results, way) for way in ("packed", "leaky")]
+    documents = _interval(*loss_difference(*both, _leak_tokens(results)), digits=4)
     said = (
         f"\n\nLeaky minus leak-free, read alone: {_estimate(cost, 4)} over seeds ({each}), {documents} over documents."
     )
     return _table(head, rows) + said
 
 
-def samples_text(results: Results, width: int = 400) -> str:
-    """The fixed prompts and every stage's answers, both cut after `width` characters."""
+def samples_text(results: Results, width: int = 240) -> str:
+    """Every stage's answers, cut after `width` characters, under file and row of their prompts."""
     found, parts = results["stages"]["answers"], []
     for number, prompt in enumerate(found["prompts"]):
-        asked = _quoted(prompt["messages"][-1]["content"], width)
-        lines = [f"**{prompt['source']}**: {asked}", ""]
+        lines = [f"**{prompt['source']}**, row {prompt['row']} of `{prompt['file']}`", ""]
         lines += [f"- *{TITLES[name]}*: {_quoted(found[name]['shown'][number], width)}" for name in TITLES]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -315,7 +333,7 @@ def _quoted(text: str, width: int) -> str:
 
 
 def plot_link(results: Results) -> str:
-    return "![loss by tokens, steps and seconds, rewards by length, and leakage](../benchmarks/results/case_study.png)"
+    return "![loss of the runs, rewards by length, and leakage](../benchmarks/results/case_study.png)"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -382,12 +400,15 @@ def draw(results: Results, source: Path) -> Path | None:
     figure, panels = pyplot.subplots(2, 4, figsize=(19, 8), layout="constrained")
     panels = panels.flatten().tolist()
     stages = results["stages"]
-    for axes, (name, by) in zip(
-        panels, (("cpt", "num_tokens"), ("sft", "step"), ("sft", "train_s"), ("dpo", "step"), ("dpo", "train_s")),
-        strict=False,
-    ):  # fmt: skip
+    if any(name in stages for name in PADDED):
+        curves = [("cpt", "num_tokens"), ("sft", "step"), ("sft", "train_s"), ("dpo", "step"), ("dpo", "train_s")]
+    else:  # nothing to compare, so one picture a run
+        curves = [("cpt", "num_tokens"), ("sft", "step"), ("dpo", "step"), ("simpo", "step")]
+    for axes, (name, by) in zip(panels, curves, strict=False):
         _curves(axes, stages, name, by)
-    lengths_panel, right_panel, leak_panel = panels[5:]
+    lengths_panel, right_panel, leak_panel, *unused = panels[len(curves) :]
+    for axes in unused:
+        axes.set_axis_off()
     if "held-out" in stages:
         _strata_panels(right_panel, lengths_panel, results)
     if all(f"leak-{way}-{seed}" in stages for way in ("packed", "leaky") for seed in results["settings"]["seeds"]):
@@ -440,7 +461,7 @@ def _strata_panels(right: Any, mean: Any, results: Results) -> None:
 
 def _leak_panel(axes: Any, results: Results) -> None:
     names = []
-    for number, ((way, read), values) in enumerate(sorted(leakage_losses(results).items(), reverse=True)):
+    for number, ((way, read), values) in enumerate(leakage_losses(results).items()):
         axes.plot([number] * len(values), values, "o", color=OURS if way == "packed" else PEER)
         names.append(f"{'leak-free' if way == 'packed' else 'leaky'},\nread {read}")
     axes.set_xticks(range(len(names)), names, fontsize=8)

@@ -234,7 +234,7 @@ def _mean_utilisation(said: str) -> float | None:
 # --------------------------------------------------------------------------------------------------------- held out
 
 
-def document_logps(model: Any, rows: Any, bf16: bool, *, leak: bool = False) -> dict[str, list[Any]]:
+def document_logps(model: Any, rows: Any, bf16: bool, *, leak: bool = False) -> tuple[list[Any], list[Any]]:
     """Summed log-probs and numbers of the targets of every example of `rows` (`PackedRows` of sequences), by index.
 
     leak: `leaky` rows; the right value is without.
@@ -243,13 +243,15 @@ def document_logps(model: Any, rows: Any, bf16: bool, *, leak: bool = False) -> 
     return _summed(model, rows, bf16, collate)
 
 
-def pair_logps(model: Any, rows: Any, bf16: bool) -> dict[str, list[Any]]:
+def pair_logps(model: Any, rows: Any, bf16: bool) -> tuple[list[Any], list[Any]]:
     """Summed log-probs and trained tokens of [chosen, rejected] of every pair of `rows`, by index."""
     return _summed(model, rows, bf16, Collator("pairs"))
 
 
 @torch.no_grad()
-def _summed(model: Any, rows: Any, bf16: bool, collate: Callable[..., list[PackedBatch]]) -> dict[str, list[Any]]:
+def _summed(
+    model: Any, rows: Any, bf16: bool, collate: Callable[..., list[PackedBatch]]
+) -> tuple[list[Any], list[Any]]:
     found: dict[int, tuple[Any, Any]] = {}
     model.eval()
     for start in range(0, len(rows), AT_ONCE):
@@ -259,10 +261,10 @@ def _summed(model: Any, rows: Any, bf16: bool, collate: Callable[..., list[Packe
                 sums, counts = sequence_sums(target_logps(model, batch), batch.target_sequence, batch.num_sequences)
             if batch.pairs is not None:
                 sums, counts = sums[batch.pairs], counts[batch.pairs]
-            values = (np.round(some.double().cpu().numpy(), 3).tolist() for some in (sums, counts))
+            values = np.round(sums.double().cpu().numpy(), 2).tolist(), counts.long().tolist()
             found |= dict(zip(batch.indices.tolist(), zip(*values, strict=True), strict=True))
     ordered = [found[index] for index in sorted(found)]
-    return {"logps": [sums for sums, _ in ordered], "tokens": [counts for _, counts in ordered]}
+    return [sums for sums, _ in ordered], [counts for _, counts in ordered]
 
 
 # ------------------------------------------------------------------------------------------------------- exactness

@@ -6,7 +6,9 @@ import copy
 import importlib
 import json
 import math
+import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,15 +123,15 @@ def test_padded_is_packed_and_leaky_is_not(ways: ModuleType, kind: str) -> None:
 
 def test_held_out_log_probs_are_each_documents_own(ways: ModuleType) -> None:
     model, examples = tiny_model(), sequences(6, 11, 4, 9)
-    alone = ways.document_logps(model, [[example] for example in examples], False)
-    packed = ways.document_logps(model, [examples[2:], examples[:2]], False)  # rows in any order
-    assert alone["tokens"] == packed["tokens"] == [5, 10, 3, 8]
-    assert alone["logps"] == pytest.approx(packed["logps"], abs=2e-3)
-    leaking = ways.document_logps(model, [examples[:2], examples[2:]], False, leak=True)
-    assert leaking["logps"][::2] == pytest.approx(alone["logps"][::2], abs=2e-3)
-    assert min(abs(a - b) for a, b in zip(leaking["logps"][1::2], alone["logps"][1::2], strict=True)) > 1e-2
-    both = ways.pair_logps(model, [[pair] for pair in pairs(3)], False)
-    assert both["tokens"] == [[5.0, 4.0], [6.0, 4.0], [7.0, 4.0]]
+    alone, tokens = ways.document_logps(model, [[example] for example in examples], False)
+    packed, same = ways.document_logps(model, [examples[2:], examples[:2]], False)  # rows in any order
+    assert tokens == same == [5, 10, 3, 8]
+    assert alone == pytest.approx(packed, abs=0.011)
+    leaking, _ = ways.document_logps(model, [examples[:2], examples[2:]], False, leak=True)
+    assert leaking[::2] == pytest.approx(alone[::2], abs=0.011)
+    assert min(abs(a - b) for a, b in zip(leaking[1::2], alone[1::2], strict=True)) > 0.05
+    _, counts = ways.pair_logps(model, [[pair] for pair in pairs(3)], False)
+    assert counts == [[5, 4], [6, 4], [7, 4]]
 
 
 def test_a_run_in_another_way_is_the_run(ways: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +173,8 @@ def test_strata_hold_every_pair_once(report: ModuleType) -> None:
 
 def test_margins_are_the_rewards_of_their_papers(report: ModuleType) -> None:
     found = {
-        "sft": {"logps": [[-10.0, -6.0]], "tokens": [[5.0, 2.0]]},
-        "dpo": {"logps": [[-8.0, -7.0]], "tokens": [[5.0, 2.0]]},
+        "logps": {"sft": [[-10.0, -6.0]], "dpo": [[-8.0, -7.0]]},
+        "tokens": [[5, 2]],
     }
     assert report.margins(found, "dpo", reference="sft", average=False, beta=0.1) == pytest.approx([0.3])
     assert report.margins(found, "dpo", reference="sft", average=True) == pytest.approx([2 / 5 + 1 / 2])
@@ -181,13 +183,10 @@ def test_margins_are_the_rewards_of_their_papers(report: ModuleType) -> None:
 
 
 def test_a_loss_is_by_token_and_its_interval_by_document(report: ModuleType) -> None:
-    documents = {"logps": [-10.0, -1.0], "tokens": [5, 1]}
-    value, low, high = report.mean_loss(documents)
+    value, low, high = report.mean_loss([-10.0, -1.0], [5, 1])
     assert value == pytest.approx(11 / 6) and (low, high) == (1.0, 2.0)  # one document drawn twice, at worst
-    worse = {"logps": [-16.0, -1.0], "tokens": [5, 1]}
-    assert report.loss_difference(documents, worse)[0] == pytest.approx(1.0)
-    many = {"logps": [-2.0, -4.0] * 200, "tokens": [1, 1] * 200}
-    value, low, high = report.mean_loss(many)
+    assert report.loss_difference([-10.0, -1.0], [-16.0, -1.0], [5, 1])[0] == pytest.approx(1.0)
+    value, low, high = report.mean_loss([-2.0, -4.0] * 200, [1, 1] * 200)
     assert low < value < high and (high - low) / 3.92 == pytest.approx(1 / math.sqrt(400), rel=0.1)
 
 
@@ -212,26 +211,25 @@ def made_up() -> dict[str, Any]:
     slow = copy.deepcopy(stage) | {"way": "padded", "padded_positions": 6000}
     for line in slow["curve"]["train"]:
         line["train_s"] *= 4
-    documents = {"logps": random.normal(-20, 3, 12).tolist(), "tokens": [10] * 12}
-    tokens = random.integers(5, 200, (40, 2)).astype(float).tolist()
-    both = {
-        name: {"logps": random.normal(-50, 9, (40, 2)).tolist(), "tokens": tokens} for name in ("sft", "dpo", "simpo")
-    }
+    logps = random.normal(-20, 3, 12).tolist()
     names = ("cpt", "sft", "dpo", "simpo")
+    pair_logps = {name: random.normal(-50, 9, (40, 2)).tolist() for name in names[1:]}
+    both = {"logps": pair_logps, "tokens": random.integers(5, 200, (40, 2)).tolist()}
     facts = {"sequences": 4, "loss_difference": 1e-7, "gradient_error": 1e-7}
     leaks = facts | {"leaky_loss_difference": 0.1, "leaky_gradient_error": 0.2}
     answers = {name: {"shown": ["a ``b``\n"], "lengths": [3, 5], "stopped": [True, False]} for name in names}
-    prompts = [{"source": "here", "messages": [{"role": "user", "content": "Say\nb"}]}]
+    prompts = [{"source": "here", "file": "sft/test_sft.parquet", "row": 7}]
     stages: dict[str, Any] = {name: stage for name in names}
     stages |= {f"{name}-padded": slow for name in names[:3]}
     stages["exactness"] = {"sft": leaks, "dpo": facts}
-    held_out = {data: {name: documents for name in ("new", *names)} for data in ("text", "sft")}
+    documents = {"logps": {name: logps for name in ("new", *names)}, "tokens": [10] * 12}
+    held_out: dict[str, Any] = {"text": documents, "sft": documents}
     stages["held-out"] = held_out | {"pairs": both, "betas": {"dpo": 0.1, "simpo": 2.0}}
     stages["answers"] = {"prompts": prompts, **answers}
-    worse = documents | {"logps": [value - 1 for value in documents["logps"]]}
+    worse = [value - 1 for value in logps]
     for seed in (1, 2):
-        stages[f"leak-packed-{seed}"] = {"alone": documents, "leaking": worse}
-        stages[f"leak-leaky-{seed}"] = {"alone": worse, "leaking": documents}
+        stages[f"leak-packed-{seed}"] = {"alone": logps, "leaking": worse}
+        stages[f"leak-leaky-{seed}"] = {"alone": worse, "leaking": logps}
     versions = {"date": "today", "card": "CARD", "torch": "2", "transformers": "5"}
     settings = {"tiny": False, "size": [512, 10], "seeds": [1, 2], "padded_seconds": 60.0}
     return {"benchmark": "case_study", "environment": versions, "settings": settings, "stages": stages}
@@ -243,9 +241,66 @@ def test_tables_and_plot_come_from_the_json_alone(report: ModuleType, tmp_path: 
     assert "| SFT, padded | 3 of 6 | 0.0 M | 75% |" in tables["runs"] and "500 tokens/s" in tables["runs"]
     assert "| SFT, padded | 3 | 3.000 to 3.000 | 0.0e+00 | 0.0e+00 | 4.0x |" in tables["agreement"]
     assert "Leaky minus leak-free, read alone: 0.1000 ± 0.0000 over seeds (+0.1000, +0.1000)" in tables["leakage"]
-    assert "`` a 'b' ``" in tables["samples"] and "`` Say b ``" in tables["samples"]
+    assert "**here**, row 7 of `sft/test_sft.parquet`" in tables["samples"] and "`` a 'b' ``" in tables["samples"]
     target = report.draw(results, tmp_path / "made_up.json")
     assert target == tmp_path / "made_up.png" and target.stat().st_size > 10_000
+
+
+def test_runs_that_were_not_made_are_named(report: ModuleType, tmp_path: Path) -> None:
+    results = made_up()
+    said = "*Not run: SFT padded by length. That needs `--only padded`, about 2 minutes on one GPU.*"
+    assert report.runs_table(results).endswith("|\n\n" + said) and report.agreement_table(results).endswith(said)
+    for name in ("cpt-padded", "sft-padded", "dpo-padded"):
+        assert "Padded runs end" in report.environment_table(results)
+        del results["stages"][name]
+    assert "Padded runs end" not in report.environment_table(results)
+    assert report.agreement_table(results) == report.not_run(results["stages"])
+    assert report.draw(results, tmp_path / "packed.json").stat().st_size > 10_000
+    complete = made_up()
+    complete["stages"]["sft-sorted"] = complete["stages"]["sft-padded"]
+    assert "Not run" not in report.runs_table(complete) + report.agreement_table(complete)
+
+
+def test_floats_are_written_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = script("case_study", monkeypatch).rounded(
+        {"a": (1234.56789, 82.0, True, 28448517), "b": 3.9e-05, "c": None}
+    )
+    assert json.dumps(found) == '{"a": [1234.57, 82, true, 28448517], "b": 3.9e-05, "c": null}'
+
+
+def test_the_results_hold_no_text_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are file and row; the only long texts are answers, none of which quotes five words of its prompt."""
+    if not RESULTS.exists():
+        pytest.skip("no results are committed")
+    whole = RESULTS.read_text(encoding="utf-8")
+    answers = json.loads(whole)["stages"]["answers"]
+    for prompt in answers["prompts"]:
+        assert set(prompt) == {"source", "file", "row"} and isinstance(prompt["row"], int)
+    shown = [text for name in ("cpt", "sft", "dpo", "simpo") for text in answers[name]["shown"]]
+    assert {text for text in _strings(json.loads(whole)) if len(text) > 60} <= set(shown)
+    assert len(whole) < 250_000 and not re.search(r'"(/|~|[A-Za-z]:\\)', whole)
+    data = ROOT.parent / "shared" / "data"
+    if not data.exists():
+        pytest.skip("answers are not compared with the prompts: ../shared/data is not there")
+    prompts = script("case_study", monkeypatch).shown_prompts(data)
+    assert [(source, row) for source, row, _ in prompts] == [(p["source"], p["row"]) for p in answers["prompts"]]
+    for number, (_, _, messages) in enumerate(prompts):
+        asked = _runs_of_words(" ".join(message["content"] for message in messages))
+        for name in ("cpt", "sft", "dpo", "simpo"):
+            assert not asked & _runs_of_words(answers[name]["shown"][number])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for some in value.values() if isinstance(value, dict) else value:
+            yield from _strings(some)
+
+
+def _runs_of_words(text: str, count: int = 5) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + count]) for start in range(len(words) - count + 1)}
 
 
 def test_the_page_has_a_place_for_every_table_and_refuses_tiny_results(report: ModuleType) -> None:
