@@ -229,21 +229,22 @@ def scorings(results: Results) -> dict[str, Array]:
 def rewards_table(results: Results) -> str:
     lengths, rows = length_differences(results["stages"]["held-out"]["pairs"]), []
     alone = share((lengths > 0).tolist())
-    rows.append(["length alone", _share(alone), "-", "1", "1.000", "0.000"])
+    rows.append(["length alone", _share(alone), "-", "-", "1", "1.000", "0.000"])
     for name, values in scorings(results).items():
         right = values > 0
         rows.append(
             [
                 name,
                 _share(share(right.tolist())),
+                _estimate(clustered_mean((right.astype(float) - (lengths > 0)).tolist())),
                 _estimate(clustered_mean(values.tolist())),
                 f"{rank_correlation(values, lengths):.2f}",
                 _share(share(right[lengths > 0].tolist())),
                 _share(share(right[lengths < 0].tolist())),
             ]
         )
-    head = ["reward", "accuracy", "margin", "rank correlation with length", "chosen longer", "chosen shorter"]
-    return _table(head, rows)
+    head = ["reward", "accuracy", "minus length alone", "margin", "rank correlation with length"]
+    return _table([*head, "chosen longer", "chosen shorter"], rows)
 
 
 def strata_table(results: Results) -> str:
