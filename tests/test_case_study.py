@@ -246,6 +246,36 @@ def test_tables_and_plot_come_from_the_json_alone(report: ModuleType, tmp_path: 
     assert target == tmp_path / "made_up.png" and target.stat().st_size > 10_000
 
 
+def test_the_sentences_of_the_page_have_the_numbers_of_the_tables(report: ModuleType) -> None:
+    if not RESULTS.exists():
+        pytest.skip("no results are committed")
+    prose = re.sub(r"<!-- begin .*?<!-- end [a-z-]+ -->", "", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    stages = (results := json.loads(RESULTS.read_text(encoding="utf-8")))["stages"]
+    losses = {key: float(np.mean(values)) for key, values in report.leakage_losses(results).items()}
+    right, leaky = losses["packed", "alone"], losses["leaky", "alone"]
+    longer = float(np.mean(report.length_differences(stages["held-out"]["pairs"]) > 0))
+    accuracy = float(np.mean(report.scorings(results)["DPO"] > 0))
+    sft, dpo = (float(np.mean(stages["answers"][name]["lengths"])) for name in ("sft", "dpo"))
+    kept = stages["held-out"]["sft"]
+    loss = {name: report.mean_loss(kept["logps"][name], kept["tokens"], 1)[0] for name in ("cpt", "sft", "simpo")}
+    evaluated = [line["eval_loss"] for line in stages["dpo"]["curve"]["eval"]]
+    exact = stages["exactness"]["sft"]
+    said = [
+        f"shows {losses['leaky', 'leaking']:.4f}, and read rightly {leaky:.4f}",
+        f"costs {leaky - right:.3f} ± 0.001 ({leaky:.3f} instead of {right:.3f})",
+        f"in leaky rows costs {losses['packed', 'leaking'] - right:.3f}",
+        f"DPO ranks {accuracy:.1%} of held-out pairs right. Calling the longer answer better ranks {longer:.1%}",
+        f"from {sft:.1f} to {dpo:.1f} tokens",
+        f"ended {sum(stages['answers']['simpo']['stopped'])} of 64",
+        f"{loss['sft']:.2f} becomes {loss['simpo']:.2f}, most of the way back to {loss['cpt']:.2f}",
+        f"{min(evaluated):.3f} after {stages['dpo']['curve']['eval'][int(np.argmin(evaluated))]['step']} of 294 steps",
+        f"A leaky row is {exact['leaky_loss_difference']:.0%} off",
+        f"{exact['leaky_gradient_error']:.0%} in the gradient",
+        f"{round(report.speed(stages['sft']), -3):,.0f} in the table",
+    ]
+    assert [sentence for sentence in said if sentence not in prose] == []
+
+
 def test_runs_that_were_not_made_are_named(report: ModuleType, tmp_path: Path) -> None:
     results = made_up()
     said = "*Not run: SFT padded by length. That needs `--only padded`, about 2 minutes on one GPU.*"
