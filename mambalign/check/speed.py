@@ -1,7 +1,8 @@
 """The time of an optimizer step, from shapes, a card's figures and a few measured rates.
 
-A forward and a backward pass take what the card takes, or what Python takes to launch the kernels, whichever is more.
-The card's time is a sum over what it does one after the other:
+A forward and a backward pass take what the card takes, or what Python takes to launch the kernels, whichever is more
+(and a little more than either, where they are about the same). The card's time is a sum over what it does one after
+the other:
 
     products     2 operations a weight and token forwards, 4 backwards (2 where the weights are frozen), 2 more where
                  layers are computed again; over `matrix` x H / (H + `narrow`) of the card's peak, H the hidden size
@@ -12,6 +13,7 @@ The card's time is a sum over what it does one after the other:
                  unpacking of 4-bit weights
     optimizer    bytes of AdamW's passes over parameters, gradients and moments, and of clipping
 
+Python's time is one of layers, adapted and 4-bit modules, trained tensors, and of the tokens that become a batch.
 `RATES` is all that was measured. `python benchmarks/plan.py --fit RESULTS.json` prints new ones.
 """
 
@@ -87,29 +89,42 @@ def card_here(name: str, memory: float) -> Card:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured. Seconds are the H200's; shares are of a card's peak."""
+    """What was measured. Seconds are the H200's; shares are of a card's peak.
 
-    matrix: float = 0.724  # of 16-bit products, where the model is wide
-    narrow: float = 132.0  # hidden size at which half of it is reached
-    head: float = 0.61  # of the head's products, softmax included
-    scan_forward: float = 8.7e-12  # seconds a token and channel
-    scan_backward: float = 25.3e-12
-    convolution_forward: float = 8.2  # bytes a token and channel at full bandwidth
-    convolution_backward: float = 25.0
-    norm_forward: float = 31.0  # bytes a token and number of the hidden state
-    norm_backward: float = 110.0
-    memory: float = 0.8  # of the bandwidth, in passes over memory
-    unpack: float = 0.4  # of the bandwidth, while 4-bit weights are unpacked
-    optimizer: float = 80.0  # bytes a trained fp32 parameter that AdamW reads and writes
-    host_forward: float = 0.8e-3  # seconds of Python a layer
-    host_backward: float = 1.2e-3
-    host_adapter: float = 0.15e-3  # an adapted module, each way
-    host_tensor: float = 10e-6  # a trained tensor, in the optimizer and while gradients are clipped
-    host_step: float = 8e-3  # data, callbacks
+    All are fitted together to `benchmarks/results/plan.json`: 24 kinds of whole steps on one H200, 2026-11-26, torch
+    2.11. The card's began at what single kernels and forward and backward passes took there two days before (matrix
+    0.724, head 0.61, scans 8.7e-12 and 25.3e-12, memory 0.8 ...) and were held near it; they absorb some of each
+    other's errors, so none is to be read alone. Those of Python had nothing but the steps to go by.
+    """
+
+    matrix: float = 0.845  # of 16-bit products, where the model is wide
+    narrow: float = 133.0  # hidden size at which half of it is reached
+    head: float = 0.555  # of the head's products, softmax included
+    scan_forward: float = 8.28e-12  # seconds a token and channel
+    scan_backward: float = 23.0e-12
+    convolution_forward: float = 8.04  # bytes a token and channel at full bandwidth
+    convolution_backward: float = 24.5
+    norm_forward: float = 29.9  # bytes a token and number of the hidden state
+    norm_backward: float = 105.0
+    memory: float = 0.815  # of the bandwidth, in passes over memory
+    unpack: float = 0.408  # of the bandwidth, while 4-bit weights are unpacked
+    optimizer: float = 92.4  # bytes a trained fp32 parameter that AdamW reads and writes
+    host_forward: float = 0.935e-3  # seconds of Python a layer
+    host_backward: float = 0.889e-3
+    host_adapter: float = 0.174e-3  # an adapted module, each way
+    host_packed: float = 0.164e-3  # a 4-bit module, each time it runs
+    host_again: float = 0.546e-3  # a layer that is computed again, each way, beside its second run
+    host_tensor: float = 28.7e-6  # a trained tensor, in the optimizer and while gradients are clipped
+    host_step: float = 0.9e-3  # callbacks
+    host_token: float = 0.55e-6  # rows become a batch
+    host_wrapped: float = 0.317e-3  # a layer with adapters, a step: modules that are walked through
 
 
-# Source: docs/performance.md, "Ops" and "Whole steps": one H200, torch 2.11, 2026-11-24.
+# The kernels and the host's path became faster later that day (forward and backward, bf16: 130m at 16 x 2,048 328,000
+# tokens a second, 2.8b at 4 x 2,048 24,300; `tests/check/test_plan.py` holds these too). Small batches, which wait for
+# Python, may now be faster than planned.
 RATES = Rates()
+OVERLAP = 4.0  # how sharply the longer of card and Python decides; 4 meets steps where both take about the same
 ERROR = 0.30  # what a prediction for the measured card may be off by; twice that on others
 
 
@@ -135,7 +150,7 @@ def times(
         "backward": backward,
         "optimizer": optimizer,
         "communication": communication,
-        "step": forward + backward + optimizer + communication + rates.host_step,
+        "step": forward + backward + optimizer + communication + step.between(),
         "reference": load.passes * step.reference(),
     }
 
@@ -234,22 +249,29 @@ class _Step:
     # What is waited for: the card, or Python.
 
     def _host(self, layer: float) -> float:
-        return self.shape.layers * (layer + len(self._adapted_sizes()) * self.rates.host_adapter)
+        modules = len(self._adapted_sizes()) * self.rates.host_adapter
+        packed = 2 * self.rates.host_packed if self.recipe.load_in_4bit or self.recipe.load_in_8bit else 0.0
+        return self.shape.layers * (layer + modules + packed)
+
+    def _again(self) -> float:
+        return self.shape.layers * self.rates.host_again if self.whole else 0.0
 
     def forward(self) -> float:
         frozen = int(self.recipe.use_peft)
         card = self._layers_forward() + self._head(3 - frozen if self.summed else 1)
-        return max(card, self._host(self.rates.host_forward))
+        return _later(card, self._host(self.rates.host_forward) + self._again())
 
     def backward(self) -> float:
         frozen = int(self.recipe.use_peft)
         card = self._layers_backward() + self._head(0 if self.summed else 3 - frozen)
         card += self._bytes(0 if frozen else 20.0 * self.shape.vocab * self.shape.hidden)
         host = self._host(self.rates.host_backward)
-        return max(card, host + (self._host(self.rates.host_forward) if self.whole else 0.0))
+        if self.whole:
+            host += self._host(self.rates.host_forward) + self._again()
+        return _later(card, host)
 
     def reference(self) -> float:
-        return max(self._layers_forward() + self._head(1), self._host(self.rates.host_forward) / 2)
+        return _later(self._layers_forward() + self._head(1), self._host(self.rates.host_forward) / 2)
 
     def optimizer(self, shards: int) -> float:
         size = 4 if self.recipe.use_peft else self.types.stored
@@ -258,7 +280,17 @@ class _Step:
             passes = 28 * size / 4 + 12
         modules = 4 if self.recipe.use_peft else 10
         host = self.rates.host_tensor * modules * self.shape.layers
-        return max(self._bytes(passes * self.trained / shards), host)
+        return _later(self._bytes(passes * self.trained / shards), host)
+
+    def between(self) -> float:
+        """What Python does between the passes of two steps."""
+        wrapped = self.shape.layers * self.rates.host_wrapped if self.recipe.use_peft else 0.0
+        return self.rates.host_step + self.rates.host_token * self.load.tokens * self.load.passes + wrapped
+
+
+def _later(card: float, host: float) -> float:
+    """Seconds of both at once: the longer, and more where they take about the same: now one waits, now the other."""
+    return float((card**OVERLAP + host**OVERLAP) ** (1 / OVERLAP))
 
 
 def _communication(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from mambalign.check.memory import Load
+from mambalign.check.memory import CONTEXT_BYTES, Load
 from mambalign.check.plan import Plan, Rows, described, plan, propose, words
 from mambalign.check.shapes import ModelShape
-from mambalign.check.speed import CARDS, H200, RATES, Card, card_here, card_named, times
+from mambalign.check.speed import CARDS, ERROR, H200, RATES, Card, card_here, card_named, times
 from mambalign.recipe import Recipe, UserError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # docs/performance.md, "Whole steps": tokens a second of forward and backward passes on an H200, every token a target.
 MEASURED = [
@@ -22,6 +31,9 @@ MEASURED = [
     ("130m", 131072, {"dtype": "bfloat16"}, True, 230_100),
     ("2.8b", 4 * 2048, {"dtype": "bfloat16"}, "selective", 22_700),
     ("2.8b", 4 * 2048, {"bf16": True}, True, 17_900),
+    # The same after kernels and launches became faster, 2026-11-26.
+    ("130m", 16 * 2048, {"dtype": "bfloat16"}, False, 328_000),
+    ("2.8b", 4 * 2048, {"dtype": "bfloat16"}, "selective", 24_300),
 ]
 SHAPES = {"130m": (768, 24), "790m": (1536, 48), "2.8b": (2560, 64)}
 
@@ -38,6 +50,47 @@ def test_measured_steps_are_met(size: str, tokens: int, keys: dict[str, Any], ch
     assert tokens / (seconds["forward"] + seconds["backward"]) == pytest.approx(speed, rel=0.15)
 
 
+RESULTS = json.loads((BENCHMARKS / "results" / "plan.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    """`benchmarks/plan.py`: it knows the recipes of its rows."""
+    before = {name: sys.modules.pop(name, None) for name in ("plan", "common")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("plan")
+    for name in before:
+        sys.modules.pop(name, None)
+    sys.modules.update({name: module for name, module in before.items() if module is not None})
+
+
+@pytest.mark.parametrize("row", RESULTS["rows"], ids=lambda row: f"{row['group']}-{row['stage']}-{row['rows']}")
+def test_whole_steps_measured_on_an_h200_are_met(bench: ModuleType, row: dict[str, Any]) -> None:
+    """The claim of `mambalign check`: memory within 15 %, the time of a step within 30 %. No row is left out.
+
+    Only `reference_seconds` of the DPO rows is not claimed: in those runs the reference pass computed without autocast,
+    in fp32 where weights are fp32, which a plan does not foresee; docs/planning.md says so.
+    """
+    assert "missing" not in row, "all were measured"
+    count = row["rows"] * row["length"] * row["accumulation"]
+    assert (row["tokens"], row["targets"], row["passes"]) == (count, count * 3 // 4, row["accumulation"])
+    made = bench.planned(row, bench.card_of(RESULTS["environment"], row))
+    assert made["total"] == pytest.approx(row["peak_allocated"], rel=0.15)
+    # bitsandbytes' paged moments are not among what PyTorch's allocator reserves.
+    taken = made["device"] - made["parts"]["paged optimizer"]
+    assert taken == pytest.approx(row["peak_reserved"] + CONTEXT_BYTES, rel=0.15)
+    assert made["seconds"]["step"] == pytest.approx(row["seconds"], rel=ERROR) and ERROR == 0.30
+
+
+def test_every_method_was_measured_and_2_8b_qlora_in_24_gb() -> None:
+    measured = {(row["size"], row["stage"], row["method"]) for row in RESULTS["rows"]}
+    assert measured == set(itertools.product(("130m", "2.8b"), ("sft", "dpo"), ("full", "lora", "qlora")))
+    small = [row for row in RESULTS["rows"] if row["limit_gb"] == 24]
+    assert {(row["stage"], row["rows"], row["length"]) for row in small} >= {("sft", 8, 2048), ("dpo", 8, 1024)}
+    assert all(row["group"] == "2.8b-qlora" and row["peak_reserved"] + CONTEXT_BYTES < 24e9 for row in small)
+
+
 def test_time_follows_the_recipe() -> None:
     shape, load = shape_of("2.8b"), Load(16384, 12288)
     keys: dict[str, Any] = {"bf16": True, "dtype": "bfloat16", "gradient_checkpointing": True}
@@ -47,7 +100,8 @@ def test_time_follows_the_recipe() -> None:
 
     full, lora = seconds(), seconds(use_peft=True)
     qlora = seconds(use_peft=True, load_in_4bit=True)
-    assert lora["optimizer"] < full["optimizer"] / 10
+    assert lora["optimizer"] < full["optimizer"] / 4
+    assert lora["optimizer"] == pytest.approx(64 * 4 * RATES.host_tensor, rel=0.02), "as long as Python takes"
     assert qlora["forward"] > lora["forward"] and qlora["backward"] > lora["backward"]
     assert seconds(use_peft=True, lora_r=256)["step"] > lora["step"]
     assert seconds(use_peft=True, lora_target_modules=["all-linear"])["step"] > lora["step"]
@@ -63,9 +117,21 @@ def test_time_follows_the_recipe() -> None:
 
 def test_a_small_step_waits_for_python() -> None:
     recipe = Recipe(bf16=True)
-    steps = [times(shape_of("130m"), recipe, "sft", H200, Load(n, n))["step"] for n in (64, 512, 32768)]
-    assert steps[0] == steps[1] > 24 * (RATES.host_forward + RATES.host_backward)
-    assert steps[2] > 1.5 * steps[1]
+    made = [times(shape_of("130m"), recipe, "sft", H200, Load(n, n)) for n in (64, 512, 32768)]
+    passes = [seconds["forward"] + seconds["backward"] for seconds in made]
+    assert passes[0] == pytest.approx(passes[1], rel=0.01)
+    assert passes[0] == pytest.approx(24 * (RATES.host_forward + RATES.host_backward), rel=0.01)
+    assert passes[2] > 1.5 * passes[1]
+    assert made[1]["step"] - passes[1] == pytest.approx(made[0]["step"] - passes[0] + 448 * RATES.host_token)
+
+
+def test_python_takes_longer_for_adapters_4_bits_and_layers_that_run_again() -> None:
+    def step(**keys: Any) -> float:
+        return times(shape_of("2.8b"), Recipe(bf16=True, dtype="bfloat16", **keys), "sft", H200, Load(64, 64))["step"]
+
+    full, lora, qlora = step(), step(use_peft=True), step(use_peft=True, load_in_4bit=True)
+    assert full < lora < qlora < step(use_peft=True, load_in_4bit=True, gradient_checkpointing=True)
+    assert step(gradient_checkpointing=True) - full > 64 * (RATES.host_forward + RATES.host_again)
 
 
 def test_devices_share_and_talk() -> None:
@@ -76,7 +142,9 @@ def test_devices_share_and_talk() -> None:
     assert times(shape, recipe, "sft", slow, load, devices=8)["communication"] > 1.0
     shards = replace(recipe, fsdp="full_shard")
     alone, eighth = (times(shape, r, "sft", H200, load, devices=8) for r in (recipe, shards))
-    assert eighth["optimizer"] == pytest.approx(alone["optimizer"] / 8)
+    assert alone["optimizer"] / 8 < eighth["optimizer"] < alone["optimizer"] / 3, (
+        "an eighth for the card, not for Python"
+    )
     assert times(shape, shards, "sft", slow, load, devices=8)["communication"] > 10.0
 
 
