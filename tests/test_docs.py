@@ -257,7 +257,6 @@ def test_the_objectives_page_has_every_loss() -> None:
 def test_numbers_of_other_pages_are_those_of_the_performance_page() -> None:
     measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     for page, numbers in {
-        "planning": ("273,300", "22,700", "17,900", "48.7"),
         "preferences": ("4.8", "59.4"),
         "choosing": ("1.04", "2.9"),
     }.items():

@@ -91,10 +91,9 @@ def card_here(name: str, memory: float) -> Card:
 class Rates:
     """What was measured. Seconds are the H200's; shares are of a card's peak.
 
-    All are fitted together to `benchmarks/results/plan.json`: 24 kinds of whole steps on one H200, 2026-11-26, torch
-    2.11. The card's began at what single kernels and forward and backward passes took there two days before (matrix
-    0.724, head 0.61, scans 8.7e-12 and 25.3e-12, memory 0.8 ...) and were held near it; they absorb some of each
-    other's errors, so none is to be read alone. Those of Python had nothing but the steps to go by.
+    All are fitted together to `benchmarks/results/plan.json`, 24 kinds of whole steps on one H200, 2026-11-26, torch
+    2.11, by `benchmarks/plan.py --fit`. The card's are held near what kernels took there one at a time; they absorb
+    some of each other's errors, so none is to be read alone. Those of Python have nothing but the steps to go by.
     """
 
     matrix: float = 0.845  # of 16-bit products, where the model is wide

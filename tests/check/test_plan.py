@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,12 +75,45 @@ def test_whole_steps_measured_on_an_h200_are_met(bench: ModuleType, row: dict[st
     assert "missing" not in row, "all were measured"
     count = row["rows"] * row["length"] * row["accumulation"]
     assert (row["tokens"], row["targets"], row["passes"]) == (count, count * 3 // 4, row["accumulation"])
+    # What `check` takes from the data: rows, or pairs with their prompt once, and the share that is predicted.
+    recipe = bench.case_of(row).recipe
+    seen = Rows.of([row["length"]] * 9, 0.75)
+    assert bench.load_of(row) == seen.load(recipe, row["stage"], 1, usual=True)
+    assert bench.load_of(row) == seen.load(recipe, row["stage"], 1, usual=False)
     made = bench.planned(row, bench.card_of(RESULTS["environment"], row))
     assert made["total"] == pytest.approx(row["peak_allocated"], rel=0.15)
     # bitsandbytes' paged moments are not among what PyTorch's allocator reserves.
     taken = made["device"] - made["parts"]["paged optimizer"]
     assert taken == pytest.approx(row["peak_reserved"] + CONTEXT_BYTES, rel=0.15)
     assert made["seconds"]["step"] == pytest.approx(row["seconds"], rel=ERROR) and ERROR == 0.30
+
+
+def test_the_rates_are_those_that_fit_the_measured_steps(bench: ModuleType) -> None:
+    fitted = bench.fit(RESULTS["rows"], bench.card_of(RESULTS["environment"], RESULTS["rows"][0]))
+    assert asdict(fitted) == pytest.approx(asdict(RATES), rel=0.01)
+
+
+def test_the_handbook_shows_todays_plan_beside_what_was_measured(bench: ModuleType) -> None:
+    expected = [documented(bench, row) for row in RESULTS["rows"]]
+    page = (BENCHMARKS.parent / "docs/planning.md").read_text(encoding="utf-8")
+    shown = [line for line in page.splitlines() if line.startswith(("| 130m ", "| 2.8b "))]
+    assert len(shown) >= 12 and set(shown) <= set(expected), "these are true:\n" + "\n".join(expected)
+
+
+def documented(bench: ModuleType, row: dict[str, Any]) -> str:
+    """The row of docs/planning.md."""
+    made = bench.planned(row, bench.card_of(RESULTS["environment"], row))
+    seconds, peak = made["seconds"]["step"], row["peak_allocated"]
+    method = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[row["method"]]
+    cells = [
+        f"{row['size']} {row['stage'].upper()} {method}, {row['rows']} x {row['length']:,}",
+        f"`{str(bench.case_of(row).recipe.gradient_checkpointing).lower()}`",
+        *(f"{value / 1e9:.1f}" for value in (peak, made["total"])),
+        f"{made['total'] / peak - 1:+.0%}".replace("-0%", "+0%"),
+        *(f"{1e3 * value:.0f}" for value in (row["seconds"], seconds)),
+        f"{seconds / row['seconds'] - 1:+.0%}".replace("-0%", "+0%"),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def test_every_method_was_measured_and_2_8b_qlora_in_24_gb() -> None:
