@@ -563,7 +563,7 @@ def _reference(
     pairs = PackedRows(data.dataset, max_length=None, kind="pairs", seed=0)
     bound = recipe.reference_batch_tokens or recipe.max_tokens_per_device
     bound = max(bound or recipe.per_device_train_batch_size * recipe.max_length, max(pairs.lengths()))
-    precision = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else str(recipe.dtype)
+    precision = "bf16 autocast" if recipe.bf16 else "fp16 autocast" if recipe.fp16 else str(recipe.dtype)
     key = cache_key(weights=facts["weights"], data=data.fingerprint, precision=precision, backend=recipe.backend)
     return reference_logps(
         trainer.model,
@@ -572,7 +572,7 @@ def _reference(
         key=key,
         max_tokens=bound,
         device=trainer.args.device,
-        autocast=trainer.compute_loss_context_manager,
+        autocast=trainer.accelerator.autocast,  # `train` has not wrapped the model in it yet
         preemption=trainer.preemption,
         description=f"reference log-probs ({split})",
     )

@@ -76,8 +76,9 @@ def test_a_run_learns_and_leaves_everything_behind(stage: str, recipe: Make, wor
     assert not (folder / checkpoint.STAGING).exists()
 
 
-def test_step_zero_of_dpo_is_the_reference(recipe: Make) -> None:
-    result = run("dpo", recipe("dpo", max_steps=1, logging_steps=1))
+@pytest.mark.parametrize("bf16", [False, True])
+def test_step_zero_of_dpo_is_the_reference(bf16: bool, recipe: Make) -> None:
+    result = run("dpo", recipe("dpo", max_steps=1, logging_steps=1, bf16=bf16))
     assert result.metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert result.metrics["loss"] == pytest.approx(0.693147, abs=1e-5)
 
