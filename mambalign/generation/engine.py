@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,12 +93,15 @@ class _Answer:
     over: bool = False
 
 
-class _Chosen(NamedTuple):
-    """The next tokens of `answers`, perhaps still on their way from the device. logits: a row each."""
+@dataclass(eq=False)
+class _Chosen:
+    """The next tokens of `answers`, perhaps still on their way from the device. logits: a row each. `given` of them are
+    handed out: all, unless a sink raised."""
 
     answers: list[_Answer]
     choice: Choice
     logits: Tensor
+    given: int = 0
 
 
 class Engine:
@@ -116,7 +119,7 @@ class Engine:
 
     - `add(request, sink)` at any time; it returns a ticket at once. `sink(delta)` is called within later `step()`s, in
       the order of an answer's tokens; the last delta of each of the n answers has a `finish_reason`. A sink may call
-      `add` and `cancel`; what it raises comes out of `step`.
+      `add` and `cancel`; what it raises comes out of `step`, and costs no one else a token.
     - `step()` while there is work: it reads up to `prefill_tokens` of waiting prompts and takes every running answer
       one token further. On a GPU sinks hear of a token in the next `step()`, when the device is busy with the one
       after it, unless an answer wants log-probabilities. It returns how many answers are running or waiting; at 0
@@ -268,6 +271,8 @@ class Engine:
         Raises:
             UserError: the model gives logits that are no numbers.
         """
+        while self._chosen and self._chosen[0].given:  # a sink raised: the others get theirs
+            self._hand_out()
         self._read_prompts()
         self._fill_slots()
         left = 0
@@ -278,7 +283,7 @@ class Engine:
                 answer.fed += 1
             left = int(self._choose(answers, logits))
         while len(self._chosen) > left:
-            self._hand_out(self._chosen.popleft())
+            self._hand_out()
         return self.running + self.waiting + len(self._unheard())
 
     def _choose(self, answers: list[_Answer], logits: Tensor) -> bool:
@@ -299,16 +304,23 @@ class Engine:
                 self._vacate(answer)
         return ahead
 
-    def _hand_out(self, chosen: _Chosen) -> None:
+    def _hand_out(self) -> None:
+        """The oldest of what is chosen; where a sink raises, the rest of it is handed out in the next step."""
+        chosen = self._chosen[0]
         tokens = chosen.choice.read()
         if any(token < 0 and not answer.over for answer, token in zip(chosen.answers, tokens, strict=True)):
+            self._chosen.popleft()
             raise UserError("the model gives logits that are no numbers; its weights are damaged or overflow")
-        for row, (answer, token) in enumerate(zip(chosen.answers, tokens, strict=True)):
+        while chosen.given < len(tokens):
+            row = chosen.given
+            chosen.given += 1
+            answer, token = chosen.answers[row], tokens[row]
             if answer.over:  # cancelled, or ended by a token that was not known yet when this one was computed
                 continue
             answer.heard += 1
             top = answer.sampling.logprobs
             self._take(answer, token, None if top is None else token_logprobs(chosen.logits[row], token, top))
+        self._chosen.popleft()
 
     def _take(self, answer: _Answer, token: int, logprob: TokenLogprob | None) -> None:
         sampling, text = answer.sampling, ""
@@ -481,7 +493,7 @@ class Engine:
                     self._ready.popleft()
             if not self._choose(answers, torch.stack(logits)):
                 while self._chosen:
-                    self._hand_out(self._chosen.popleft())
+                    self._hand_out()
 
     def _start(self, prompt: _Prompt) -> _Answer:
         request, index = prompt.request, prompt.started

@@ -478,6 +478,31 @@ def test_a_sink_may_cancel_and_add(mamba: Engine) -> None:
     assert all(delta.finish_reason is None for delta in seen)
 
 
+def test_a_sink_that_raises_costs_no_one_else_a_token(engine: Engine) -> None:
+    greedy = replace(GREEDY, max_new_tokens=12, ignore_end=True)
+    requests = [Request(prompt(n), greedy, keep_state=True) for n in (5, 7)]
+    expected = [only(engine.generate([request])) for request in requests]
+    got: list[list[Delta]] = [[], []]
+
+    def sink(delta: Delta) -> None:
+        raise RuntimeError("a sink's own")
+
+    ticket = engine.add(Request(prompt(9), replace(greedy, max_new_tokens=3)), sink)
+    for request, deltas in zip(requests, got, strict=True):
+        engine.add(request, deltas.append)
+    with pytest.raises(RuntimeError, match="a sink's own"):
+        while engine.step():
+            pass
+    engine.cancel(ticket)
+    while engine.step():
+        pass
+    for deltas, completion in zip(got, expected, strict=True):
+        state, whole = deltas[-1].state, completion.state
+        assert tuple(token for delta in deltas for token in delta.tokens) == completion.tokens
+        assert state is not None and whole is not None and state.tokens == whole.tokens
+        assert all(map(torch.equal, (*state.conv, *state.ssm), (*whole.conv, *whole.ssm)))
+
+
 def test_what_is_refused(mamba: Engine) -> None:
     with pytest.raises(UserError, match=f"token {V} is none of the model's {V}"):
         mamba.add(Request((3, V), GREEDY), print)
