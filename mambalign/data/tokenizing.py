@@ -341,7 +341,8 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
 
 def list_lengths(dataset: datasets.Dataset, name: str) -> NDArray[np.int64]:
     """Length of every row's list in a column."""
-    lengths: NDArray[np.int64] = pc.list_value_length(dataset.data.column(name)).to_numpy().astype(np.int64)
+    column = pc.fill_null(pc.list_value_length(dataset.data.column(name)), 0)  # rows left out have no list
+    lengths: NDArray[np.int64] = column.to_numpy().astype(np.int64)
     kept = dataset._indices  # where rows were left out; copying what is left would take longer than packing it
     return lengths if kept is None else lengths[kept.column(0).to_numpy()]
 

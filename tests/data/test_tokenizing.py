@@ -87,6 +87,7 @@ SKIPPED = {
 }
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of rows that have no tokens
 @pytest.mark.parametrize("reason", SKIPPED)
 def test_bad_rows_are_counted_skips(
     tokenizer: Any, turns: Any, as_dataset: Any, make_recipe: Any, reason: str, caplog: pytest.LogCaptureFixture
