@@ -179,6 +179,15 @@ def differences(runs: dict[str, Callable[[int], Any]], tokens: int, repeats: int
     return found
 
 
+def _times(who: str, found: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of differences as "", "_low" and "_high"; NaN where noise made one negative: no measure."""
+    times = spread_of(found, "")
+    if min(times.values()) > 0:
+        return times
+    say(f"{who}: a long answer took no longer than a short one; give more --tokens or --repeats")
+    return dict.fromkeys(times, float("nan"))
+
+
 def run(options: Options) -> Result:
     """Rows of case "even" and "uneven" (tokens/s by batch) and "context" (ms a token and MiB behind a context).
 
@@ -245,8 +254,9 @@ def batched(options: Options, batch: int, model: Any, others: dict[str, Any]) ->
         same(runs[OURS](tokens), runs[HF_MAMBA](tokens), HF_MAMBA)
     rows = []
     for name, found in differences(runs, tokens, options.repeats).items():
-        # A difference of two noisy times may be anything at toy sizes; the rate is that of the median.
-        rates = spread_of([batch * tokens / max(ms, 1e-3) * 1e3 for ms in found], "tokens_per_second")
+        times = _times(name, found)
+        ends = {"": "", "_low": "_high", "_high": "_low"}
+        rates = {f"tokens_per_second{end}": 1e3 * batch * tokens / times[other] for end, other in ends.items()}
         rows.append({"case": "even", "batch": batch, "who": name, **rates})
     if batch > 1 and others[PEER] is not None:
         rows += _uneven(options, batch, engines, others[PEER], asked)
@@ -310,7 +320,7 @@ def behind(options: Options, length: int, model: Any, other: Any, bytes_a_second
     rows: list[Row] = []
     for who, found in differences(runs, options.tokens, options.repeats).items():
         row: Row = {"case": "context", "context": length, "who": who, "state_mib": held[who] / 2**20}
-        row |= spread_of([max(ms, 0.0) / options.tokens for ms in found], "ms_per_token")
+        row |= {f"ms_per_token{key}": ms / options.tokens for key, ms in _times(who, found).items()}
         rows.append(row | {"floor_ms": 1e3 * (weights[who] + held[who]) / bytes_a_second})
         say(
             f"behind {length:>7,} tokens {who:>12}: {row['ms_per_token']:.3f} ms a token, "

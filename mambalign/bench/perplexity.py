@@ -143,9 +143,9 @@ def documents_of(options: Options, tokenizer: Any) -> tuple[Tensor, Row]:
         seen, most = seen + 1, max(most, len(ids))
         if options.concatenate:
             stream += ids
-            while len(stream) >= longest:
-                kept.append(stream[:longest])
-                stream = stream[longest:]
+            whole = min(len(stream) // longest, options.documents - len(kept))
+            kept += [stream[start : start + longest] for start in range(0, whole * longest, longest)]
+            stream = stream[whole * longest :]
         elif len(ids) >= longest:
             kept.append(ids[:longest])
         else:

@@ -32,7 +32,22 @@ TransformerPath = Annotated[
 Repeats = Annotated[int | None, typer.Option(min=1, help="Timed runs of each contestant, in turn; medians are shown.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Nothing new begins after so long.")]
 JsonFile = Annotated[Path | None, typer.Option("--out", help="JSON file to write; default: the verb's name here.")]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Figure: .png, .svg or .pdf; default: beside the JSON.")]
+
+
+def _drawable(path: Path | None) -> Path | None:
+    """Checked before anything is measured."""
+    if path is not None:
+        from mambalign.train.curves import FORMATS
+
+        if path.suffix not in FORMATS:
+            raise typer.BadParameter(f"{path}: give a file name that ends in {', '.join(FORMATS)}")
+    return path
+
+
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", callback=_drawable, help="Figure: .png, .svg or .pdf; default: beside the JSON."),
+]
 LISTED = "512,2k,8k or 512..64k (doubling)."
 # What the table on stdout shows: (heading, key, format).
 COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -71,6 +86,8 @@ def numbers(words: str | None, option: str) -> tuple[int, ...] | None:
         if match is None:
             raise mambalign.UserError(f"{option} {words!r}: {word!r} is no number; write {LISTED}")
         first, last = (int(n) * (1024 if k else 1) for n, k in ((match[1], match[2]), (match[3] or 0, match[4])))
+        if match[3] and last < first:
+            raise mambalign.UserError(f"{option} {words!r}: {word} ends before it begins; write {LISTED}")
         found.append(first)
         while match[3] and 0 < found[-1] <= last // 2:
             found.append(2 * found[-1])

@@ -190,6 +190,8 @@ def test_models_of_ones_own(bench: Callable[..., Any], mamba: Any, neox: Any) ->
         (["--size", "130n"], "did you mean '130m'"),
         (["--lengths", "512,x"], "'x' is no number; write 512,2k,8k or 512..64k"),
         (["--lengths", "1"], "at least 2 tokens"),
+        (["--lengths", "2k..512"], "2k..512 ends before it begins"),
+        (["--plot", "figure.gif"], "figure.gif: give a file"),
         (["--recompute", "some"], "choose auto, none, selective, full"),
         (["--weights", "int8"], "choose bf16"),
         (["--transformer", "nowhere"], "--transformer nowhere"),

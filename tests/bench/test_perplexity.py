@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,17 @@ def test_documents_are_whole_unless_asked_for_otherwise(text: Path) -> None:
     assert ids.shape == (2, 400) and "concatenated" in facts["joined"]
     assert int((ids[0] == tokenizer.eos_token_id).sum()) > 2  # documents end where they end
     assert documents_of(options(text, documents=1), tokenizer)[0].shape == (1, 128)
+
+
+def test_of_one_long_text_no_more_is_cut_than_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten million tokens, laid end to end: cutting them all took minutes."""
+    long = tmp_path / "long.txt"
+    long.write_text("x", encoding="utf-8")
+    encoded = [1] * 10_000_000
+    monkeypatch.setattr(perplexity, "PlainText", lambda _: SimpleNamespace(encode=lambda *_, **__: encoded))
+    began = time.perf_counter()
+    ids, _ = documents_of(options(long, concatenate=True), byte_tokenizer())
+    assert ids.shape == (64, 128) and time.perf_counter() - began < 5
 
 
 def test_too_long_a_length_is_refused_with_the_way_out(text: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from mambalign.bench import decode, scan
+from mambalign.bench import decode, ops, scan
 from mambalign.bench.measure import NoNumbers
 from mambalign.ops import selective_scan
 from tests.bench import standin
@@ -88,6 +90,25 @@ def test_decoding_on_a_cpu(bench: Callable[..., Any]) -> None:
     assert held["transformer", 64] == 2 * held["transformer", 32] == 2 * 2 * 64 * 32 * 4 / 2**20
     assert held["ours", 32] == 2 * 64 * (16 + 3) * 4 / 2**20
     assert all(row["floor_ms"] > 0 for row in rows if row["case"] == "context")
+
+
+def test_noise_is_no_rate(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer that took no longer than a short one was shown as millions of tokens a second."""
+    monkeypatch.setattr(decode, "differences", lambda runs, *_: {name: [-0.1] for name in runs})
+    written, done = bench("decode", "--size", "tiny", "--batches", "1", "--contexts", "32", "--tokens", "4")
+    assert done.exit_code == 0 and "give more --tokens or --repeats" in done.output
+    keys = "tokens_per_second", "ms_per_token"
+    assert all(row[key] is None for row in written["rows"] for key in keys if key in row)
+    assert decode._times("ours", [4.0]) == {"": 4.0, "_low": 4.0, "_high": 4.0}
+
+
+def test_a_peers_nan_excuses_nothing() -> None:
+    cases = {who: scan.scan(1, 4, 8, torch.float32)["ours"] for who in ("ours", "peer")}
+    broken = replace(cases["ours"], apply=lambda backend="cuda", **given: cases["ours"].apply(**given) * (
+        1.0 if backend == "torch" else math.nan
+    ))  # fmt: skip
+    with pytest.raises(NoNumbers, match="further off"):
+        ops.check("scan", {"ours": broken, "peer": broken}, torch.float32)
 
 
 def test_decoding_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
