@@ -415,6 +415,8 @@ def test_a_card_is_planned_for_on_any_machine(tiny: Path) -> None:
     small = check(TINY_SFT, card="0.5gb", gpus=2)
     assert not small.sections["plan"]["fits"] and "none" in small.sections["proposal"]
     assert found(small, "per_device_train_batch_size", "of the 0.5 GB", "warning")
+    uneven = check(TINY_SFT, card="h200", gpus=7).sections["proposal"]["none"]
+    assert "no multiple of 7 GPUs; set global_batch_size" in uneven
     dpo = check(TINY_DPO, ["--model_name_or_path", "data/tiny/base", "--chat_template", "zephyr"], card="h100")
     assert dpo.sections["plan"]["reference_hours"] > 0 and "h200" in dpo.sections["plan"]["give_or_take"]
 

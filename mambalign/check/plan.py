@@ -149,9 +149,14 @@ def _of(p: Plan) -> dict[str, float]:
     return p.seconds
 
 
+def step_rows(recipe: Recipe) -> int:
+    """Rows (pairs) of a step, which a proposal keeps."""
+    return recipe.global_batch_size or recipe.per_device_train_batch_size * recipe.accumulation_steps()
+
+
 def _choices(recipe: Recipe, stage: str, devices: int) -> Iterator[Recipe]:
     """Recipes of the same rows a step."""
-    total = recipe.global_batch_size or recipe.per_device_train_batch_size * recipe.accumulation_steps()
+    total = step_rows(recipe)
     if total % devices:
         return
     each = total // devices

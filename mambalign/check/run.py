@@ -13,7 +13,7 @@ from typing import Any
 
 from mambalign.check.memory import estimate, tokens_per_forward
 from mambalign.check.mistakes import Finding, known_mistakes
-from mambalign.check.plan import Rows, described, plan, propose, words
+from mambalign.check.plan import Rows, described, plan, propose, step_rows, words
 from mambalign.check.shapes import ModelShape
 from mambalign.check.speed import Card, card_here, card_named
 from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe
@@ -264,7 +264,10 @@ def _plan(
         )
     best = propose(shape, recipe, stage, card, gpus, report.rows)
     if best is None:
-        report.sections["proposal"] = {"none": "nothing with these rows a step fits; try QLoRA or a shorter max_length"}
+        why, total = "nothing with these rows a step fits; try QLoRA or a shorter max_length", step_rows(recipe)
+        if gpus is not None and total % gpus:
+            why = f"{total} rows a step are no multiple of {gpus} GPUs; set global_batch_size to one, or change --gpus"
+        report.sections["proposal"] = {"none": why}
         return
     section = {
         "gpus": best.devices,
