@@ -19,9 +19,9 @@ from torch import Tensor
 from mambalign.generation.state import LayerState
 from mambalign.generation.stepper import Call, Plan, Stepper
 from mambalign.models.mamba2 import GATE_FIRST, NO_NORM, NORM_FIRST
+from mambalign.ops.torch_scan import LOG2_E
 from mambalign.recipe import UserError
 
-LOG2_E = 1.4426950408889634
 COPIED = 2**22  # elements of a weight up to which a CPU gets a transposed copy: few rows times it take half the time
 ALIGNED = 16  # elements: a row of a matrix begins at a multiple, else some kernels round every other row differently
 BLOCK = 2**17  # elements of a weight that a product of several rows takes at once on a CPU: with them it stays in cache

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambalign.generation.decode import LOG2_E, Decoder, effective_weight
+from mambalign.generation.decode import Decoder, effective_weight
 from mambalign.generation.state import LayerState
 from mambalign.generation.stepper import Call, Plan, Stepper
 from mambalign.ops import cuda_decode, cuda_norm, nvrtc
+from mambalign.ops.torch_scan import LOG2_E
 
 logger = logging.getLogger("mambalign")
 

@@ -34,7 +34,9 @@ class Choice:
     def __init__(self, tokens: Tensor, sound: Tensor):
         self.tokens = tokens
         self._arrived = None
-        self._copy = torch.where(sound, tokens, -1).to("cpu", non_blocking=True)
+        self._copy = torch.where(sound, tokens, -1).to(
+            "cpu", non_blocking=tokens.is_cuda
+        )  # elsewhere nothing says when it is there
         if tokens.device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(tokens.device))

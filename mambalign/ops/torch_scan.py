@@ -12,6 +12,7 @@ nothing of size `[T, D, N]` exists at any time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from mambalign.ops.segments import Segments
 CPU_STEP, CPU_TILE = 1 << 15, 1 << 18
 GPU_STEP, GPU_TILE = 1 << 24, 1 << 26
 MIN_STEPS, MAX_STEPS = 16, 256
-LOG2_E = 1.4426950408889634
+LOG2_E = math.log2(math.e)  # of decays: exp2 costs less than exp
 
 
 @dataclass

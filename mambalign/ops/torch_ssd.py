@@ -31,9 +31,9 @@ from torch.autograd.function import once_differentiable
 from mambalign.ops.backends import add_rows, send, without_autocast
 from mambalign.ops.reference import compute_dtype, step_size
 from mambalign.ops.segments import Segments
+from mambalign.ops.torch_scan import LOG2_E
 
 CHUNK = 64  # tokens, a power of two
-LOG2_E = 1.4426950408889634
 # Elements of the decay matrices `[chunks, H, chunk, chunk]` that exist at a time.
 CPU_TILE, GPU_TILE = 1 << 19, 1 << 24
 # Elements of padding `[tokens, H * P]` that cost less than another round of products (about 100 calls).

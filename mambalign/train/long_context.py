@@ -50,7 +50,7 @@ class Boundary:
 
     def keep(self, ends: Sequence[Tensor]) -> None:
         """Lets the states go to host memory. Nothing waits: the copy back is on the same stream."""
-        self.states = [state.detach().clone().to("cpu", non_blocking=True) for state in ends]
+        self.states = [state.detach().clone().to("cpu", non_blocking=state.is_cuda) for state in ends]
 
     def pull(self) -> Tensor:
         """Scalar with the gradient, by the states before the cut, of the loss behind it."""
