@@ -120,10 +120,13 @@ def _rows_of(options: Options, path: Path) -> Iterator[Row]:
     from mambalign.data.sources import Source, load_source  # `datasets` takes seconds to import
 
     source = Source(options.data, splits=(options.split,) if options.split else None)
-    for kind, splits in (("test", ["test", "validation"]), ("train", ["train"])):
-        for _, rows in load_source(source, splits, kind):
-            yield from rows
-            return
+    try:
+        for kind, splits in (("test", ["test", "validation"]), ("train", ["train"])):
+            for _, rows in load_source(source, splits, kind):
+                yield from rows
+                return
+    except UserError as error:  # in the words of a recipe
+        raise UserError(f"--data: {str(error).removeprefix('dataset_mixer: ')}") from error
     raise UserError(f"--data {options.data}: nothing to read; name a --split")
 
 

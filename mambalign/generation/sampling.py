@@ -34,9 +34,8 @@ class Choice:
     def __init__(self, tokens: Tensor, sound: Tensor):
         self.tokens = tokens
         self._arrived = None
-        self._copy = torch.where(sound, tokens, -1).to(
-            "cpu", non_blocking=tokens.is_cuda
-        )  # elsewhere nothing says when it is there
+        # Elsewhere nothing would say when it is there.
+        self._copy = torch.where(sound, tokens, -1).to("cpu", non_blocking=tokens.is_cuda)
         if tokens.device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(tokens.device))
