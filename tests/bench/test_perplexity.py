@@ -136,7 +136,7 @@ def test_too_long_a_length_is_refused_with_the_way_out(text: Path) -> None:
         documents_of(options(text, column="txt"), byte_tokenizer())
     with pytest.raises(UserError, match="holds int, not text"):
         documents_of(options(text, column="doc"), byte_tokenizer())
-    with pytest.raises(UserError, match="^--data: .*none.jsonl' does not exist"):
+    with pytest.raises(UserError, match=r"^--data: .*none\.jsonl' does not exist"):
         documents_of(options(text.with_name("none.jsonl")), byte_tokenizer())
 
 

@@ -212,6 +212,29 @@ def test_cancelling_between_a_step_and_its_tokens(both: tuple[Engine, Engine]) -
     assert ahead.running == ahead.waiting == 0
 
 
+def test_a_sink_that_raises_between_a_step_and_its_tokens(both: tuple[Engine, Engine]) -> None:
+    engine = both[1]
+    kept = Request(prompt(5), replace(GREEDY, max_new_tokens=12, ignore_end=True), keep_state=True)
+    expected, got = only(engine.generate([kept])), []
+
+    def sink(delta: Delta) -> None:
+        raise RuntimeError("a sink's own")
+
+    short = replace(GREEDY, max_new_tokens=3, ignore_end=True)
+    ticket = engine.add(Request(prompt(9), short, keep_state=True), sink)
+    engine.add(kept, got.append)
+    with pytest.raises(RuntimeError, match="a sink's own"):
+        while engine.step():
+            pass
+    engine.cancel(ticket)
+    while engine.step():
+        pass
+    state, whole = got[-1].state, expected.state
+    assert tuple(token for delta in got for token in delta.tokens) == expected.tokens
+    assert state is not None and whole is not None and state.tokens == whole.tokens
+    assert all(map(torch.equal, (*state.conv, *state.ssm), (*whole.conv, *whole.ssm)))
+
+
 def test_logits_that_are_no_numbers_are_said() -> None:
     from mambalign.recipe import UserError
 
