@@ -11,7 +11,6 @@ tensors took at a time, weights and gradients included; those of state passing m
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import TrainingArguments
 from mambalign.bench import contestants as models
 from mambalign.bench.measure import DEVICE, compete, environment, free_memory, relative_error
 from mambalign.data.batches import Collator, PackedBatch, collate_sequences
+from mambalign.support import write_json
 from mambalign.train.long_context import StatePassing, StatePassingTrainer
 
 LENGTHS = (32768, 131072, 262144, 1_000_000)
@@ -121,12 +121,11 @@ def measure(size: str, length: int, chunk: int, options: Any) -> list[dict[str, 
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print("\n| tokens | way | tokens/s | peak GiB |\n|---:|---|---:|---:|")
     for row in rows:
         figures = "out of memory | |"
         if "ms" in row:
             figures = f"{row['tokens_per_second']:,.0f} | {row['peak_gib']:.2f} |"
-        print(f"| {row['length']:,} | {row['who']} | {figures}")
+        print(f"| {row['length']:,} | {row['who']} | {figures}", flush=True)
 
 
 def grown(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -150,17 +149,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     error = check(size, *checked)
     free_memory()
     rows: list[dict[str, Any]] = []
-    for length in lengths:
-        rows += measure(size, length, chunk, options)
-        print(f"{length:,} tokens measured", flush=True)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    print("\n| tokens | way | tokens/s | peak GiB |\n|---:|---|---:|---:|", flush=True)
+    for length in lengths:  # written after each: the long ones are the last, and what is measured is kept
+        rows += (made := measure(size, length, chunk, options))
+        show(made)
+        growth = grown(rows)
+        facts = {"largest_gradient_error": error, "growth": growth, "environment": environment(), "rows": rows}
+        write_json(options.json, {"benchmark": "long_context", **facts})
         free_memory()
-    show(rows)
-    growth = grown(rows)
     for who, share in growth.items():
         print(f"{who}: the peak grows by {share:.1%} from {lengths[0]:,} to {lengths[-1]:,} tokens")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"largest_gradient_error": error, "growth": growth, "environment": environment(), "rows": rows}
-    options.json.write_text(json.dumps({"benchmark": "long_context", **facts}, indent=2) + "\n")
     print(f"written to {options.json}")
     # Of tiny documents on a CPU the peak is the process's own noise.
     if DEVICE.type == "cuda" and max(growth.values()) > GROWTH:
