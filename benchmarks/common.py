@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mambalign.bench.measure import DEVICE, Row, environment, free_memory, result_of, write
+from mambalign.bench.measure import DEVICE, Row, as_json, environment, free_memory, result_of, write
+from mambalign.support import write_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,6 +60,12 @@ def spread(batches: list[Any], size: Callable[[Any], int], count: int) -> list[A
     ordered = sorted(batches, key=size)
     count = min(count, len(ordered))
     return [ordered[(2 * part + 1) * len(ordered) // (2 * count)] for part in range(count)]
+
+
+def keep(benchmark: str, path: Path, rows: list[Row]) -> None:
+    """Write what is measured so far: a long run may be cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, as_json(result_of(benchmark, rows)) + "\n")
 
 
 def finish(benchmark: str, path: Path, rows: list[Row]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, finish, fits, largest_difference, parse, spread
+from common import arguments, finish, fits, keep, largest_difference, parse, spread
 from real_data import Example, load
 from torch import Tensor
 
@@ -359,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         began = time.monotonic()
         rows += run(case, data, turns, options.repeats)
         print(f"{'':42}{time.monotonic() - began:.0f} s", flush=True)
+        keep("dpo_real", options.json, rows)
         free_memory()
     finish("dpo_real", options.json, rows)
 

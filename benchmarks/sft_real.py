@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import arguments, finish, fits, largest_difference, parse, spread
+from common import arguments, finish, fits, keep, largest_difference, parse, spread
 from real_data import MAX_LENGTH, Example, load
 
 from mambalign.bench import contestants as models
@@ -192,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(made)
         print(f"{'':42}{time.monotonic() - began:.0f} s", flush=True)
         rows += made
+        keep("sft_real", options.json, rows)
         free_memory()
     finish("sft_real", options.json, rows)
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from common import arguments, finish, parse
+from common import arguments, finish, keep, parse
 
 from mambalign.bench import contestants as models
 from mambalign.bench.length import EVERYONE, MARKS
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         who = tuple(name for name in case.who if name == "ours" or name in options.who)
         rows += measure(replace(case, who=who), options.repeats, options.seconds)
         print(f"{'':44}{time.monotonic() - began:.0f} s of {case.seconds} expected", flush=True)
+        keep("train_step", options.json, rows)
         free_memory()
     _show_growth(rows)
     finish("train_step", options.json, rows)
