@@ -31,15 +31,6 @@ struct Params {
   i64 num_channels, num_runs;
 };
 
-// Row lengths that are known when compiling (STATIC) make addresses free; the host passes the same ones in Params.
-#ifdef STATIC
-#define WIDTH(p) STATIC_WIDTH
-#define STRIDE(p, name) STATIC_##name
-#else
-#define WIDTH(p) ((int)(p).num_channels)
-#define STRIDE(p, name) ((int)(p).name##_stride)
-#endif
-
 struct Row {
   float v[VEC];
 };
@@ -96,7 +87,7 @@ __device__ __forceinline__ Row before(const Params& p, const Run& run, int dista
   i64 row = run.begin - distance;
   if (distance > run.offset) {
     row = p.windows[run.segment * (W - 1) + (W - 1) - (distance - run.offset)];
-    if (row < 0) return p.initial ? load_floats(p.initial + (-1 - row) * WIDTH(p) + channel) : Row{};
+    if (row < 0) return p.initial ? load_floats(p.initial + (-1 - row) * ROW_LENGTH(p) + channel) : Row{};
   }
   return numbers(*(const Pack*)(p.x + row * STRIDE(p, x) + channel));
 }
@@ -154,16 +145,16 @@ __device__ __forceinline__ void forward_group(const Params& p, const Taps& taps,
     shift(window, take(next, j, from + (GROUP + j) * STRIDE(p, x), ALL || GROUP + j < left));
     Row y = convolve(taps, window);
     if (SILU) EACH(i) y.v[i] *= sigmoid(y.v[i]);
-    if (ALL || j < left) *(Pack*)(to + j * WIDTH(p)) = stored(y);
+    if (ALL || j < left) *(Pack*)(to + j * ROW_LENGTH(p)) = stored(y);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(const Params p) {
   const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
-  if (channel >= WIDTH(p)) return;
+  if (channel >= ROW_LENGTH(p)) return;
   const Run run = p.runs[blockIdx.x];
   const io* from = FROM(x);
-  io* to = p.y + (i64)run.begin * WIDTH(p) + channel;
+  io* to = p.y + (i64)run.begin * ROW_LENGTH(p) + channel;
   Group next = load_group(from, STRIDE(p, x), run.length);
   const Taps taps = load_taps(p, channel);
   Row window[W];
@@ -173,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(const Params 
       forward_group<true>(p, taps, window, next, from, to, left);
     else
       forward_group<false>(p, taps, window, next, from, to, left);
-    from += GROUP * STRIDE(p, x), to += GROUP * WIDTH(p);
+    from += GROUP * STRIDE(p, x), to += GROUP * ROW_LENGTH(p);
   }
 }
 
@@ -221,14 +212,14 @@ __device__ __forceinline__ void backward_group(const Params& p, Backward& at, co
     if (INSIDE || (token >= 0 && token < run.length))
       *(Pack*)(at.to + j * STRIDE(p, d_x)) = stored(d_x);
     else if (token < 0 && run.offset == 0)
-      store_floats(p.d_windows + (i64)(run.segment * (W - 1) + t + j) * WIDTH(p) + channel, d_x);
+      store_floats(p.d_windows + (i64)(run.segment * (W - 1) + t + j) * ROW_LENGTH(p) + channel, d_x);
   }
 }
 
 // Walks the run and W - 1 tokens on.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(const Params p) {
   const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
-  if (channel >= WIDTH(p)) return;
+  if (channel >= ROW_LENGTH(p)) return;
   const Run run = p.runs[blockIdx.x];
   const int last = run.length + W - 1, end = min(last, run.end - run.begin);
   Backward at;
@@ -248,17 +239,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(cons
     at.from_x += GROUP * STRIDE(p, x), at.from_d += GROUP * STRIDE(p, d_y), at.to += GROUP * STRIDE(p, d_x);
     if (at.from_again) at.from_again += GROUP * STRIDE(p, d_y_again);
   }
-  float* share = p.d_weights + (i64)blockIdx.x * (W + 1) * WIDTH(p) + channel;
+  float* share = p.d_weights + (i64)blockIdx.x * (W + 1) * ROW_LENGTH(p) + channel;
 #pragma unroll
-  for (int k = 0; k < W; ++k) store_floats(share + k * WIDTH(p), at.d_taps.tap[k]);
-  store_floats(share + W * WIDTH(p), at.d_taps.bias);
+  for (int k = 0; k < W; ++k) store_floats(share + k * ROW_LENGTH(p), at.d_taps.tap[k]);
+  store_floats(share + W * ROW_LENGTH(p), at.d_taps.bias);
 }
 
 // The gradients of weight and bias from the shares of all runs. Tap blockIdx.y, or the bias, of 32 channels a block.
 extern "C" __global__ void __launch_bounds__(32 * SUMMERS) sum_taps(const Params p) {
   const int channel = blockIdx.x * 32 + threadIdx.x % 32, tap = blockIdx.y;
-  const bool exists = channel < WIDTH(p);
-  const float sum = sum_rows(p.d_weights + tap * WIDTH(p) + channel, p.num_runs, (W + 1) * WIDTH(p), exists);
+  const bool exists = channel < ROW_LENGTH(p);
+  const float sum = sum_rows(p.d_weights + tap * ROW_LENGTH(p) + channel, p.num_runs, (W + 1) * ROW_LENGTH(p), exists);
   if (threadIdx.x >= 32 || !exists) return;
   if (tap < W)
     p.d_weight[channel * W + tap] = Scalar<W_IO>::narrow(sum);

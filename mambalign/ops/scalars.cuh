@@ -6,6 +6,15 @@
 
 typedef long long i64;
 
+// Row lengths that are known when compiling (STATIC) make addresses free; the host passes the same ones in Params.
+#ifdef STATIC
+#define ROW_LENGTH(p) STATIC_WIDTH
+#define STRIDE(p, name) STATIC_##name
+#else
+#define ROW_LENGTH(p) ((int)(p).num_channels)
+#define STRIDE(p, name) ((int)(p).name##_stride)
+#endif
+
 #ifndef EMULATED
 typedef unsigned short half_bits;
 __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

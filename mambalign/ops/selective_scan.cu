@@ -66,15 +66,6 @@ __device__ __forceinline__ float step_size_slope(float dt) {
 
 __device__ __forceinline__ float gate(float z) { return GATED ? z * sigmoid(z) : 1.f; }
 
-// Row lengths that are known when compiling (STATIC) make addresses free; the host passes the same ones in Params.
-#ifdef STATIC
-#define WIDTH(p) STATIC_WIDTH
-#define STRIDE(p, name) STATIC_##name
-#else
-#define WIDTH(p) ((int)(p).num_channels)
-#define STRIDE(p, name) ((int)(p).name##_stride)
-#endif
-
 __device__ __forceinline__ Quad quad(const float* from) {
   const float4 x = *(const float4*)from;
   return Quad{{x.x, x.y, x.z, x.w}};
@@ -200,7 +191,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
   const Place lane = place();
   Tile &tile_dt = tiles_dt[lane.warp], &tile_x = tiles_x[lane.warp];
   const i64 Dp = p.padded_channels;
-  const int exist = WIDTH(p) - lane.first_channel;
+  const int exist = ROW_LENGTH(p) - lane.first_channel;
   float A[HALF], h[HALF];
   load_states(A, p.A, lane, Dp);
   for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
@@ -264,7 +255,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
       }
       if (OUTPUT) {
         const Quad skip = p.D ? quad(p.D + lane.first_channel) : Quad{};
-        io* out = p.y + (i64)(unit.begin + tile) * WIDTH(p) + lane.first_channel;
+        io* out = p.y + (i64)(unit.begin + tile) * ROW_LENGTH(p) + lane.first_channel;
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
@@ -274,7 +265,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
 #pragma unroll
           for (int c = 0; c < 4; ++c)
             gated.v[c] = (prepared(tile_x, i, c, lane) + skip.v[c] * inputs.v[c]) * gate(gates.v[c]);
-          store(out + t * WIDTH(p), gated, t < count ? exist : 0);
+          store(out + t * ROW_LENGTH(p), gated, t < count ? exist : 0);
         }
       }
       __syncthreads();
@@ -325,7 +316,7 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
   const Place lane = place();
   Tile &tile_dt = tiles_dt[lane.warp], &tile_dy = tiles_dy[lane.warp];
   const i64 Dp = p.padded_channels;
-  const int exist = WIDTH(p) - lane.first_channel;
+  const int exist = ROW_LENGTH(p) - lane.first_channel;
   float A[HALF];
   load_states(A, p.A, lane, Dp);
   for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
@@ -404,8 +395,8 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
   Tile &tile_dt = tiles_dt[lane.warp], &tile_x = tiles_x[lane.warp], &tile_dy = tiles_dy[lane.warp];
   float4(&kept)[TILE / SUB + 1][64] = all_kept[lane.warp];
   const i64 Dp = p.padded_channels;
-  const int exist = WIDTH(p) - lane.first_channel;
-  const bool exists = lane.channel < WIDTH(p);
+  const int exist = ROW_LENGTH(p) - lane.first_channel;
+  const bool exists = lane.channel < ROW_LENGTH(p);
   float A[HALF], d_A[HALF], picks[HALF], d_bias = 0.f, d_D = 0.f;
   load_states(A, p.A, lane, Dp);
   const float skip = p.D ? p.D[lane.channel] : 0.f;
@@ -547,7 +538,7 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
           d_bias += there ? d_delta : 0.f;
           d_D += d_y_own * u_own;
           if (there && exists) {
-            const i64 to = (i64)(row + j) * WIDTH(p) + lane.channel;
+            const i64 to = (i64)(row + j) * ROW_LENGTH(p) + lane.channel;
             p.d_u[to] = narrow(d_x_own * dt_own + skip * d_y_own);
             p.d_delta[to] = narrow(d_delta);
             if (GATED) p.d_z[(i64)(row + j) * STRIDE(p, d_z) + lane.channel] = narrow(d_z);
