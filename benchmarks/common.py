@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from mambalign.bench.measure import DEVICE, Row, as_json, environment, free_memory, result_of, write
-from mambalign.support import write_text
+from mambalign.bench.measure import DEVICE, Row, environment, free_memory, result_of, save, write
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,9 +62,8 @@ def spread(batches: list[Any], size: Callable[[Any], int], count: int) -> list[A
 
 
 def keep(benchmark: str, path: Path, rows: list[Row]) -> None:
-    """Write what is measured so far: a long run may be cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, as_json(result_of(benchmark, rows)) + "\n")
+    """Write what is measured so far."""
+    save(result_of(benchmark, rows), path)
 
 
 def finish(benchmark: str, path: Path, rows: list[Row]) -> None:

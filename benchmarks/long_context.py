@@ -21,9 +21,8 @@ from common import arguments, parse
 from transformers import TrainingArguments
 
 from mambalign.bench import contestants as models
-from mambalign.bench.measure import DEVICE, compete, environment, free_memory, relative_error
+from mambalign.bench.measure import DEVICE, compete, free_memory, relative_error, result_of, save
 from mambalign.data.batches import Collator, PackedBatch, collate_sequences
-from mambalign.support import write_json
 from mambalign.train.long_context import StatePassing, StatePassingTrainer
 
 LENGTHS = (32768, 131072, 262144, 1_000_000)
@@ -149,14 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     error = check(size, *checked)
     free_memory()
     rows: list[dict[str, Any]] = []
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     print("\n| tokens | way | tokens/s | peak GiB |\n|---:|---|---:|---:|", flush=True)
     for length in lengths:  # written after each: the long ones are the last, and what is measured is kept
         rows += (made := measure(size, length, chunk, options))
         show(made)
         growth = grown(rows)
-        facts = {"largest_gradient_error": error, "growth": growth, "environment": environment(), "rows": rows}
-        write_json(options.json, {"benchmark": "long_context", **facts})
+        save(result_of("long_context", rows) | {"largest_gradient_error": error, "growth": growth}, options.json)
         free_memory()
     for who, share in growth.items():
         print(f"{who}: the peak grows by {share:.1%} from {lengths[0]:,} to {lengths[-1]:,} tokens")

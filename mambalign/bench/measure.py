@@ -174,13 +174,18 @@ def result_of(benchmark: str, rows: list[Row], settings: Row | None = None, summ
     return found | ({"summary": summary} if summary else {})
 
 
+def save(result: Result, path: Path) -> None:
+    """The JSON alone: what is measured so far, since a long run may be cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, as_json(result) + "\n")
+
+
 def write(result: Result, path: Path, plot: Path | None = None, plots: dict[str, Any] | None = None) -> None:
     """The JSON first, then the figure (`plot`, or a PNG beside it), where matplotlib is installed; says what it wrote.
 
     plots: how benchmarks are drawn; default: `figures.PLOTS`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, as_json(result) + "\n")
+    save(result, path)
     say(f"written to {path}")
     try:
         import matplotlib  # noqa: F401
