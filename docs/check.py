@@ -36,8 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import hooks
 
 ROOT = hooks.ROOT
-# A page whose every command needs the same.
-WHOLE_PAGES = {"docs/performance.md": "a GPU, or a quiet machine"}
 CI = "CI runs this"
 COMMANDS = ("bash", "make", "mambalign", "pip", "python", "sbatch", "torchrun", "condor_submit", "lm_eval", "vllm")
 PROGRAMS = ("mambalign", "make", "pip")
@@ -94,8 +92,6 @@ def blocks(page: str, text: str | None = None) -> list[Block]:
             title = re.search(r'title="([^"]*)"', rest)
             inside = [line[len(fence["indent"]) :] for line in lines[at + 1 : end]]
             given = title[1] if title else ""
-            if not given and language in ("bash", "") and page in WHOLE_PAGES:
-                given = f"needs: {WHOLE_PAGES[page]}"
             found.append(Block(page, at + 1, language, given, "\n".join(inside) + "\n"))
             at = end
         at += 1
@@ -208,7 +204,7 @@ def _bash(block: Block) -> Iterator[str]:
 
 def _text(block: Block) -> Iterator[str]:
     first = block.text.lstrip().partition("\n")[0].removeprefix("$ ")
-    if re.sub(r"^(\w+=\S+ )+", "", first).split(" ")[0] in COMMANDS and block.page not in WHOLE_PAGES:
+    if re.sub(r"^(\w+=\S+ )+", "", first).split(" ")[0] in COMMANDS:
         yield "these are commands; write ```bash and a title"
 
 
@@ -313,8 +309,7 @@ def write_files(found: list[Block], folder: Path) -> None:
 
 def commands(block: Block) -> Iterator[list[str]]:
     """The words of each command of a block that is one of `PROGRAMS`, whatever launches it."""
-    shell = block.language == "bash" or (block.language == "" and block.page in WHOLE_PAGES)
-    for line in block.text.replace("\\\n", " ").splitlines() if shell else ():
+    for line in block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else ():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words: list[str] = []
