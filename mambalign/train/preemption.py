@@ -29,6 +29,7 @@ logger = logging.getLogger("mambalign")
 EXIT_CODE = 85
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 UNKNOWN_SAVE = 60.0  # seconds to leave for a save before one has been timed
+ELSEWHERE = "the stop of another process"
 
 
 class Preempted(SystemExit):
@@ -58,6 +59,7 @@ class Preemption:
         self._longest_step = 0.0
         self._save_took = UNKNOWN_SAVE if max_runtime is None else min(UNKNOWN_SAVE, max_runtime / 10)
         self._signal: signal.Signals | None = None
+        self._agreed: str | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Preemption]:
@@ -82,7 +84,9 @@ class Preemption:
 
     @property
     def reason(self) -> str | None:
-        """Why this process would stop now."""
+        """Why this process would stop now; once all have agreed to stop, why they do, however long a save takes."""
+        if self._agreed is not None:
+            return self._agreed
         if self._signal is not None:
             return self._signal.name
         left = self._seconds_left()
@@ -102,8 +106,17 @@ class Preemption:
         Raises:
             Preempted: one of them was asked to stop.
         """
-        if agree(self.reason is not None)[0]:
-            raise Preempted(f"{self.reason or 'another process'} came while {doing}")
+        self._agree()
+        if self._agreed is not None:
+            raise Preempted(f"{self._agreed} came while {doing}")
+
+    def _agree(self, due: bool = False) -> bool:
+        """Whether a save is due to any process; from here on all know whether they stop."""
+        mine = self.reason
+        stop, save = agree(mine is not None, due)
+        if stop:
+            self._agreed = mine or ELSEWHERE
+        return save
 
     @contextmanager
     def excusing(self, doing: str) -> Iterator[None]:
@@ -126,8 +139,8 @@ class Preemption:
         self._longest_step = max(self._longest_step, now - self._step_ended)
         self._step_ended = now
         due = self.save_seconds is not None and now - self._work_since >= self.save_seconds
-        stop, save = agree(self.reason is not None, due)
-        return stop, save
+        save = self._agree(due)
+        return self._agreed is not None, save
 
     def saved(self, seconds: float) -> None:
         """A save took so long and is over; it is no part of the next step."""

@@ -363,8 +363,7 @@ class PackedTrainer(Trainer):
             self._save_checkpoint(model)
             raise
         if stop:
-            why = self.preemption.reason or "another process was asked to"
-            raise Preempted(f"{why} at step {self.state.global_step} of {self.state.max_steps}")
+            raise Preempted(f"{self.preemption.reason} at step {self.state.global_step} of {self.state.max_steps}")
 
     def make_up(self) -> None:
         """The evaluation, and the save after it, that the step of the checkpoint could not wait for."""

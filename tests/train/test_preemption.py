@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,16 +253,29 @@ def test_the_clock_of_save_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_clock_of_max_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 100 s and a save of a minute, with half of one for safety: 190 s are left for them."""
+    """Steps of 90 s and a save of a minute, with half of one for safety: 180 s are left for them."""
     now = [0.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
     watch = Preemption(max_runtime=1000)
     watch.training_begins()
     stops = []
-    for _ in range(9):
-        now[0] += 100
+    for _ in range(10):
+        now[0] += 90
         stops.append(watch.step_ends()[0])
-    assert stops == [False] * 8 + [True]
+    assert stops == [False] * 9 + [True]
+    for _ in range(6):  # quick saves, which would leave time for a step, and are no other reason
+        watch.saved(1)
+    assert watch.reason == "max_runtime, 1000 s"
+
+
+def test_another_processes_stop_is_a_reason_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "agree", lambda *mine: [True] * len(mine))
+    for stop in (lambda watch: watch.step_ends(), lambda watch: watch.check("evaluating")):
+        watch = Preemption()
+        assert watch.reason is None
+        with suppress(Preempted):
+            stop(watch)
+        assert watch.reason == "the stop of another process"
 
 
 def test_agreement_of_one_process_is_its_own_mind() -> None:
