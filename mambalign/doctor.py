@@ -94,7 +94,20 @@ def _backends() -> dict[str, Any]:
     from mambalign.ops.backends import chosen_backends
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {op: f"{name}: {reason}" for op, (name, reason) in chosen_backends("auto", device).items()}
+    ops = {op: f"{name}: {reason}" for op, (name, reason) in chosen_backends("auto", device).items()}
+    return ops | {"generation_on_a_cpu": _native_step()}
+
+
+def _native_step() -> str:
+    import torch
+
+    from mambalign.ops import cpu_decode, native
+
+    try:
+        cpu_decode.compiled(torch.float32)
+    except native.Unavailable as error:
+        return f"eager: plain PyTorch's calls, since {error}; a C++ compiler makes it several times faster"
+    return "native: Mamba-1's and Falcon-Mamba's step, compiled for this processor"
 
 
 def hub_problem(seconds: float = 3.0) -> str | None:

@@ -203,7 +203,7 @@ def test_doctor_reports_versions_devices_and_backends() -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0
     facts = json.loads(result.stdout)
-    assert set(facts["backends"]) >= {"selective_scan", "causal_conv1d", "token_logps"}
+    assert set(facts["backends"]) >= {"selective_scan", "causal_conv1d", "token_logps", "generation_on_a_cpu"}
     assert all(": " in chosen for chosen in facts["backends"].values())
     assert facts["versions"]["mambalign"] == mambalign.__version__
     assert facts["files"]["hub"].startswith("offline, switched off by HF_HUB_OFFLINE")  # as the tests' environment says

@@ -10,6 +10,7 @@ rows turn together, so nothing is shifted.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -139,6 +140,23 @@ def effective_weight(module: Any) -> Tensor:
     if not weight.is_floating_point() or weight.dim() != 2:
         raise UserError("the engine wants plain weights, and these are quantised; load the model without load_in_4bit")
     return weight
+
+
+def unsuited(model: Any, backend: str, dtypes: Collection[torch.dtype]) -> str | None:
+    """Why a step written as a whole, for `backend` and weights of `dtypes`, cannot be `model`'s; None if it can."""
+    mixer = model.backbone.layers[0].mixer
+    if model.config.model_type not in ("mamba", "falcon_mamba"):
+        return f"is not written for {model.config.model_type}"
+    if mixer.backend not in ("auto", backend):
+        return f"is not the backend {mixer.backend!r} that was asked for"
+    if mixer.activation not in ("silu", "swish"):
+        return f"has no activation {mixer.activation!r}"
+    modules = [mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj, model.lm_head, model.backbone.embeddings]
+    found = {(m.get_base_layer() if hasattr(m, "base_layer") else m).weight.dtype for m in modules}
+    if len(found) > 1 or not found <= set(dtypes):
+        names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"wants all weights in one of {names}, not {', '.join(sorted(map(str, found)))}"
+    return None
 
 
 class Projection:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -33,15 +34,20 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from mambalign.data.chat import end_of_turn_id
-from mambalign.generation.fused import FusedDecoder, make_decoder
+from mambalign.generation import fused, native
+from mambalign.generation.decode import Decoder
 from mambalign.generation.requests import Completion, Delta, FinishReason, Request, Sampling, TokenLogprob
 from mambalign.generation.sampling import Choice, choose, token_logprobs
 from mambalign.generation.scoring import best_device
 from mambalign.generation.state import LayerState, State, fingerprint
+from mambalign.generation.stepper import Stepper
 from mambalign.generation.text import TextStream
 from mambalign.models.checkpoint import load_model, load_tokenizer
 from mambalign.ops.backends import send
+from mambalign.ops.native import Unavailable
 from mambalign.recipe import UserError
+
+logger = logging.getLogger("mambalign")
 
 Sink = Callable[[Delta], None]
 
@@ -49,6 +55,30 @@ Sink = Callable[[Delta], None]
 # products of one shape. Parts longer than SHORT go alone, since the scan may cut them by what is beside them.
 BIN, SHORT = 1024, 256
 HEADS = 64  # rows of a product with the head, then
+
+
+def make_decoder(model: Any, capacity: int, *, exact: bool = True, step: str = "auto") -> Stepper:
+    """The fastest decoder that `model` can have where it is.
+
+    Raises:
+        UserError: step "native" where it cannot be.
+    """
+    reason = fused.unavailable(model)
+    if reason is None:
+        return fused.FusedDecoder(model, capacity, exact=exact, step=step)
+    if model.backbone.embeddings.weight.device.type == "cuda":
+        logger.info("generation: plain PyTorch's kernels, since the fused step %s", reason)
+    elif step in ("auto", "native"):
+        reason = native.unavailable(model)
+        try:
+            if reason is None:
+                return native.NativeDecoder(model, capacity)
+        except Unavailable as error:
+            reason = f"is not compiled: {error}"
+        if step == "native":
+            raise UserError(f"step: the native step {reason}; choose auto")
+        logger.info("generation: plain PyTorch's calls, since the native step %s", reason)
+    return Decoder(model, capacity, exact=exact, step=step)
 
 
 @dataclass(eq=False)
@@ -113,7 +143,7 @@ class Engine:
         slots: answers that run at once; None: 8 on a CPU, 64 on a GPU.
         prefill_tokens: prompt tokens read between two steps; None: 512 on a CPU, 8192 on a GPU.
         exact: answers do not depend on the batch.
-        step: "auto", "eager" or "graph" (see `stepper.select_step`).
+        step: "auto", "eager", "graph" or "native" (see `stepper.select_step`).
 
     `generate` answers a list. A server calls instead, all from ONE thread (nothing here is locked):
 
@@ -159,7 +189,7 @@ class Engine:
         self.ends = end_ids(model, tokenizer)
         # A GPU gets its next step before the last one's tokens are looked at: it never waits for the host.
         self.ahead = not on_cpu
-        self._bin = min(BIN, self.prefill_tokens) if exact and isinstance(self.decoder, FusedDecoder) else 0
+        self._bin = min(BIN, self.prefill_tokens) if exact and isinstance(self.decoder, fused.FusedDecoder) else 0
         self.waiting = 0  # answers that have no slot yet
         self._queue: deque[_Prompt] = deque()  # being read
         self._ready: deque[_Prompt] = deque()  # read, with answers that wait for a slot

@@ -12,50 +12,28 @@ where it gives the bits of the full one.
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambalign.generation.decode import Decoder, effective_weight
+from mambalign.generation.decode import effective_weight, unsuited
 from mambalign.generation.state import LayerState
 from mambalign.generation.stepper import Call, Plan, Stepper
 from mambalign.ops import cuda_decode, cuda_norm, nvrtc
 from mambalign.ops.torch_scan import LOG2_E
 
-logger = logging.getLogger("mambalign")
-
-
-def make_decoder(model: Any, capacity: int, *, exact: bool = True, step: str = "auto") -> Stepper:
-    """The fastest decoder that `model` can have where it is."""
-    reason = unavailable(model)
-    if reason is None:
-        return FusedDecoder(model, capacity, exact=exact, step=step)
-    if model.backbone.embeddings.weight.device.type == "cuda":
-        logger.info("generation: plain PyTorch's kernels, since the fused step %s", reason)
-    return Decoder(model, capacity, exact=exact, step=step)
-
 
 def unavailable(model: Any) -> str | None:
     """Why `FusedDecoder` cannot step `model`; None if it can."""
-    embedding, mixer = model.backbone.embeddings.weight, model.backbone.layers[0].mixer
-    if model.config.model_type not in ("mamba", "falcon_mamba"):
-        return f"has no kernels for {model.config.model_type}"
-    if mixer.backend not in ("auto", "cuda"):
-        return f"is not the backend {mixer.backend!r} that was asked for"
-    if mixer.activation not in ("silu", "swish"):
-        return f"has no activation {mixer.activation!r}"
-    taps, states = mixer.conv1d.weight.shape[-1], mixer.A_log.shape[1]
-    if taps > cuda_decode.WIDEST or states > cuda_decode.MOST_STATES:
-        return f"holds {cuda_decode.WIDEST} taps and {cuda_decode.MOST_STATES} states, not {taps} and {states}"
-    modules = [mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj, model.lm_head]
-    weights = [(m.get_base_layer() if hasattr(m, "base_layer") else m).weight for m in modules]
-    dtypes = {weight.dtype for weight in (*weights, embedding)}
-    if len(dtypes) > 1 or not dtypes <= nvrtc.IO.keys():
-        return f"wants all weights in one of bf16, fp16 and fp32, not {', '.join(sorted(map(str, dtypes)))}"
-    return cuda_norm.unavailable(embedding.device, embedding)
+    mixer = model.backbone.layers[0].mixer
+    reason = unsuited(model, "cuda", nvrtc.IO.keys())
+    taps, states = mixer.conv1d.weight.shape[-1], mixer.A_log.shape[-1]
+    if reason is None and (taps > cuda_decode.WIDEST or states > cuda_decode.MOST_STATES):
+        reason = f"holds {cuda_decode.WIDEST} taps and {cuda_decode.MOST_STATES} states, not {taps} and {states}"
+    embedding = model.backbone.embeddings.weight
+    return reason or cuda_norm.unavailable(embedding.device, embedding)
 
 
 class Product:

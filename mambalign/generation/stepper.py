@@ -25,7 +25,7 @@ from mambalign.generation.state import LayerState
 
 logger = logging.getLogger("mambalign")
 
-STEPS = ("eager", "graph")
+STEPS = ("eager", "graph", "native")
 
 Call = Callable[[], Any]
 
@@ -38,10 +38,11 @@ class Plan(NamedTuple):
 
 
 def select_step(step: str, device: torch.device) -> tuple[str, str]:
-    """(name, reason) of how steps run: "graph" replays a CUDA graph, "eager" makes the calls one by one.
+    """(name, reason) of how steps run: "graph" replays a CUDA graph, "eager" makes the calls one by one, "native" is
+    one call of code compiled for a CPU.
 
     Raises:
-        ValueError: an unknown name, or "graph" off a CUDA device.
+        ValueError: an unknown name, or one that is not for this device.
     """
     if step == "auto":
         if device.type == "cuda":
@@ -49,8 +50,9 @@ def select_step(step: str, device: torch.device) -> tuple[str, str]:
         return "eager", f"a {device.type} device has no CUDA graphs"
     if step not in STEPS:
         raise ValueError(f"step: {step!r} must be auto, {' or '.join(STEPS)}")
-    if step == "graph" and device.type != "cuda":
-        raise ValueError(f"step: 'graph' needs a CUDA device, and this is {device.type}; choose auto")
+    wanted = {"graph": "cuda", "native": "cpu"}.get(step, device.type)
+    if device.type != wanted:
+        raise ValueError(f"step: {step!r} needs a {wanted} device, and this is {device.type}; choose auto")
     return step, "asked for by name"
 
 

@@ -17,6 +17,7 @@ from mambalign.models.mamba import FAMILIES
 from tests.train.conftest import byte_tokenizer
 
 V = 264
+FUSED = ("mamba", "falcon_mamba")  # families that have a step written as a whole
 
 
 def pair(family: str, seed: int = 0, **changes: Any) -> tuple[Any, Any]:
@@ -60,4 +61,4 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-__all__ = ["FAMILIES", "Mamba2ForCausalLM", "MambaForCausalLM", "V", "pair"]
+__all__ = ["FAMILIES", "FUSED", "Mamba2ForCausalLM", "MambaForCausalLM", "V", "pair"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +20,13 @@ from mambalign.generation.engine import Engine, end_ids
 from mambalign.generation.requests import Completion, Delta, Request, Sampling
 from mambalign.generation.sampling import draw, warped
 from mambalign.generation.state import LayerState, State
-from mambalign.generation.stepper import Plan, select_step
+from mambalign.generation.stepper import Plan, Stepper, select_step
 from mambalign.generation.text import TextStream
 from mambalign.models import MambaForCausalLM
 from mambalign.models.checkpoint import load_model
+from mambalign.ops.native import COMPILERS
 from mambalign.recipe import UserError
-from tests.generation.conftest import FAMILIES, V, pair
+from tests.generation.conftest import FAMILIES, FUSED, V, pair
 from tests.train.conftest import byte_tokenizer
 
 GREEDY = Sampling(temperature=0, max_new_tokens=10, ignore_end=True)
@@ -44,13 +46,18 @@ def greedy(plain: Any, ids: tuple[int, ...], count: int = 10) -> tuple[int, ...]
     return tuple(out[0, len(ids) :].tolist())
 
 
-# The last has sizes of whole vectors, where the step takes other functions (see `Decoder.steady`).
-@pytest.fixture(
-    scope="module", params=[*((family, {}) for family in FAMILIES), ("mamba", {"hidden_size": 32})], ids=str
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="no C++ compiler here for the native step"
 )
+NATIVE = [pytest.param((family, "native"), marks=needs_compiler, id=f"{family}-native") for family in FUSED]
+EVERY_STEP = [*((family, "eager") for family in FAMILIES), *NATIVE]
+
+
+# The last has sizes of whole vectors, where PyTorch's step takes other functions (see `Decoder.steady`).
+@pytest.fixture(scope="module", params=[*EVERY_STEP, ("mamba", "eager", {"hidden_size": 32})], ids=str)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    family, changes = request.param
-    return Engine(pair(family, **changes)[1], byte_tokenizer(), slots=4, prefill_tokens=96)
+    family, step, *changes = request.param
+    return Engine(pair(family, **dict(*changes))[1], byte_tokenizer(), slots=4, prefill_tokens=96, step=step)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +73,13 @@ def only(found: list[list[Completion]]) -> Completion:
 # ---------------------------------------------------------------------------------------------- equal to transformers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stepped", EVERY_STEP, ids=str)
 @pytest.mark.parametrize("exact", [True, False])
-def test_greedy_is_transformers_generate_for_prompts_of_many_lengths(family: str, exact: bool) -> None:
+def test_greedy_is_transformers_generate_for_prompts_of_many_lengths(stepped: tuple[str, str], exact: bool) -> None:
     """In one batch with more requests than slots, the longest prompts in several parts."""
+    family, step = stepped
     plain, ours = pair(family)
-    engine = Engine(ours, None, slots=4, prefill_tokens=96, exact=exact)
+    engine = Engine(ours, None, slots=4, prefill_tokens=96, exact=exact, step=step)
     found = engine.generate([Request(prompt(length), GREEDY) for length in LENGTHS])
     for length, answers in zip(LENGTHS, found, strict=True):
         assert only([answers]).tokens == greedy(plain, prompt(length)), length
@@ -90,11 +98,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("step", ["eager", "auto"])
 @pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=str)
-def test_every_variant_of_a_config_is_the_models_own(family: str, changes: dict[str, Any]) -> None:
+def test_every_variant_of_a_config_is_the_models_own(family: str, changes: dict[str, Any], step: str) -> None:
     """Against the whole text read again for each token; transformers' step of Mamba-2 ignores the limits."""
     _, ours = pair(family, **changes)
-    engine = Engine(ours, None, slots=2)
+    engine = Engine(ours, None, slots=2, step=step)
     for length in (1, 2, 9):
         answer = only(engine.generate([Request(prompt(length), GREEDY)])).tokens
         logits = ours(torch.tensor([prompt(length) + answer])).logits[0]
@@ -112,11 +121,12 @@ def test_mamba2_with_the_original_layouts_norms(gated_norm: str) -> None:
     assert answer == tuple(logits[8:-1].argmax(-1).tolist())
 
 
+@pytest.mark.parametrize("step", ["eager", "auto"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_step_of_other_precisions_is_the_models(family: str, dtype: torch.dtype) -> None:
+def test_a_step_of_other_precisions_is_the_models(family: str, dtype: torch.dtype, step: str) -> None:
     _, ours = pair(family)
-    engine = Engine(ours.to(dtype), None, slots=2)
+    engine = Engine(ours.to(dtype), None, slots=2, step=step)
     answer = only(engine.generate([Request(prompt(20), replace(GREEDY, logprobs=0))]))
     logprobs = ours(torch.tensor([prompt(20) + answer.tokens])).logits[0].detach().double().log_softmax(-1)
     got = torch.tensor([item.logprob for item in answer.logprobs or ()], dtype=torch.float64)
@@ -125,17 +135,18 @@ def test_a_step_of_other_precisions_is_the_models(family: str, dtype: torch.dtyp
     assert float((got - expected).abs().max()) < (1e-10 if dtype == torch.float64 else 0.1)
 
 
-def test_adapters_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["eager", "auto"])
+def test_adapters_count(step: str) -> None:
     from mambalign.models.adapters import AdapterOptions, attach
 
     _, ours = pair("mamba")
-    before = only(Engine(ours, None, slots=1).generate([Request(prompt(9), GREEDY)])).tokens
+    before = only(Engine(ours, None, slots=1, step=step).generate([Request(prompt(9), GREEDY)])).tokens
     attach(ours, AdapterOptions(r=2, targets=("in_proj", "x_proj", "dt_proj", "out_proj")), seed=0)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    answer = only(Engine(ours, None, slots=1).generate([Request(prompt(9), GREEDY)])).tokens
+    answer = only(Engine(ours, None, slots=1, step=step).generate([Request(prompt(9), GREEDY)])).tokens
     logits = ours.eval()(torch.tensor([prompt(9) + answer])).logits[0]
     assert answer == tuple(logits[8:-1].argmax(-1).tolist()) and answer != before
 
@@ -212,24 +223,23 @@ def test_plans_leave_out_what_would_change_bits(monkeypatch: pytest.MonkeyPatch)
 def test_a_slots_last_occupant_leaves_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(prompt(2), GREEDY)
     fresh = engine.generate([request])
-    for layer in engine.decoder.layers:
-        layer.ring.fill_(torch.nan)
-        layer.state.fill_(torch.nan)
+    for buffer in engine.decoder.buffers():
+        buffer.fill_(torch.nan)
     assert engine.generate([request]) == fresh
     # That this can fail: a load that forgets the window, or the state of the recurrence.
     for forgotten in ("conv", "ssm"):
-        for layer in engine.decoder.layers:
-            layer.ring.fill_(3)
-            layer.state.fill_(3)
-        real = Decoder.load
+        for buffer in engine.decoder.buffers():
+            buffer.fill_(3)
+        kind = type(engine.decoder)
+        real = kind.load
 
-        def leaky(self: Decoder, row: int, state: LayerState, forgotten: str = forgotten, real: Any = real) -> None:
+        def leaky(self: Stepper, row: int, state: LayerState, forgotten: str = forgotten, real: Any = real) -> None:
             before = self.read(row)
             real(self, row, LayerState(**{**vars(before), forgotten: getattr(state, forgotten)} | {
                 name: getattr(before if name == forgotten else state, name) for name in ("conv", "ssm")}))  # fmt: skip
 
         with monkeypatch.context() as patched:
-            patched.setattr(Decoder, "load", leaky)
+            patched.setattr(kind, "load", leaky)
             assert engine.generate([request]) != fresh
 
 
@@ -589,9 +599,13 @@ def test_how_a_step_runs_is_chosen_by_device() -> None:
     assert select_step("auto", torch.device("cuda", 0))[0] == "graph"
     assert select_step("auto", torch.device("cpu"))[0] == "eager"
     assert select_step("eager", torch.device("cuda", 0)) == ("eager", "asked for by name")
-    for step, says in (("graph", "needs a CUDA device"), ("fast", "must be auto")):
+    for step, device, says in (
+        ("graph", "cpu", "needs a cuda device"),
+        ("native", "cuda", "needs a cpu device"),
+        ("fast", "cpu", "must be auto"),
+    ):
         with pytest.raises(ValueError, match=says):
-            select_step(step, torch.device("cpu"))
+            select_step(step, torch.device(device))
 
 
 def test_a_program_that_is_only_replayed_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,9 +617,9 @@ def test_a_program_that_is_only_replayed_is_a_step(monkeypatch: pytest.MonkeyPat
         return lambda: [call() for call in calls]
 
     requests = requests_of_all_kinds()
-    expected = Engine(pair("mamba")[1], None, slots=4).generate(requests)
+    expected = Engine(pair("mamba")[1], None, slots=4, step="eager").generate(requests)
     monkeypatch.setattr(stepper, "_captured", captured)
-    engine = Engine(pair("mamba")[1], None, slots=4)
+    engine = Engine(pair("mamba")[1], None, slots=4, step="eager")
     engine.decoder.step_kind = ("graph", "")
     assert engine.generate(requests) == expected
     assert 0 < len(recorded) <= 4 * len(engine.decoder.plans)  # once for each number of rows and place in the rings
