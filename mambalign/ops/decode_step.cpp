@@ -129,23 +129,42 @@ static inline Vec softplus(Vec x) {
   return 0.5f * (x + size) + 2.f * s * series;
 }
 
-// Lane i is the sum of the i-th vector.
-static inline Four fold(Vec x) {
+// Half of two vectors that lie in groups of G numbers each: of every group its first half plus its second.
+#define HALVES(G, FIRST, SECOND) \
+  static inline Vec halved##G(Vec a, Vec b) { return __builtin_shufflevector(a, b, FIRST) + __builtin_shufflevector(a, b, SECOND); }
+#define LIST(...) __VA_ARGS__
 #if defined(__AVX512F__)
-  auto half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+HALVES(16, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23), LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+HALVES(8, LIST(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), LIST(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+HALVES(4, LIST(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29), LIST(2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+HALVES(2, LIST(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), LIST(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
 #elif defined(__AVX__)
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+HALVES(8, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
+HALVES(4, LIST(0, 1, 4, 5, 8, 9, 12, 13), LIST(2, 3, 6, 7, 10, 11, 14, 15))
+HALVES(2, LIST(0, 2, 4, 6, 8, 10, 12, 14), LIST(1, 3, 5, 7, 9, 11, 13, 15))
 #else
-  return x;
+HALVES(4, LIST(0, 1, 4, 5), LIST(2, 3, 6, 7))
+HALVES(2, LIST(0, 2, 4, 6), LIST(1, 3, 5, 7))
 #endif
+
+// Lane i is the sum of vector i of L. Every sum is added up in the same order, whatever is beside it.
+static inline Vec sums(const Vec* v) {
+  Vec half[L];
+  for (int i = 0; i < L; ++i) half[i] = v[i];
+#if defined(__AVX512F__)
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) half[i] = halved16(half[2 * i], half[2 * i + 1]);
+#endif
+#if defined(__AVX__)
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) half[i] = halved8(half[2 * i], half[2 * i + 1]);
+#endif
+  return halved2(halved4(half[0], half[1]), halved4(half[2], half[3]));
 }
 
-static inline Four sums(Vec a, Vec b, Vec c, Vec d) {
-  Four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-  Four pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-  Four rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+static inline float sum_of(Vec x) {
+  Vec alone[L] = {x};
+  return sums(alone)[0];
 }
 
 // --------------------------------------------------------------------------------------------------------- products
@@ -167,16 +186,25 @@ static inline void tile(const float* x, i64 x_stride, const weight* w, i64 input
       for (int r = 0; r < R; ++r) sum[r][o] += of_x[r] * of_w;
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int k = 0; k < K; ++k) {
-      const Vec* s = sum[r] + 4 * k;
-      Four y = sums(s[0], s[1], s[2], s[3]);
-      for (int o = 0; o < 4; ++o)
-        for (i64 i = whole; i < inputs; ++i) y[o] += x[r * x_stride + i] * widen(w[(4 * k + o) * inputs + i]);
-      float* to = out + r * out_stride + 4 * k;
-      if (bias) y += *(const Four*)(bias + 4 * k);
+  // As many sums at a time as a vector has lanes; they lie by row, four outputs each.
+  constexpr int COUNT = 4 * K * R;
+#pragma GCC unroll 16
+  for (int at = 0; at < COUNT; at += L) {
+    Vec of[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) of[i] = at + i < COUNT ? sum[(at + i) / (4 * K) % R][(at + i) % (4 * K)] : Vec{};
+    const Vec total = sums(of);
+    for (int i = 0; i < L && at + i < COUNT; i += 4) {
+      const int r = (at + i) / (4 * K), o = (at + i) % (4 * K);
+      Four y;
+      memcpy(&y, (const float*)&total + i, sizeof y);
+      for (int j = 0; j < 4; ++j)
+        for (i64 k = whole; k < inputs; ++k) y[j] += x[r * x_stride + k] * widen(w[(o + j) * inputs + k]);
+      float* to = out + r * out_stride + o;
+      if (bias) y += *(const Four*)(bias + o);
       *(Four*)to = add ? *(Four*)to + y : y;
     }
+  }
 }
 
 // The same for one output: what is left over of a weight whose outputs are no multiple of 4.
@@ -185,7 +213,7 @@ static void single(const float* x, i64 x_stride, i64 rows, const weight* w, i64 
     Vec sum = {};
     const i64 whole = inputs / L * L;
     for (i64 i = 0; i < whole; i += L) sum += load(x + r * x_stride + i) * load(w + i);
-    float y = sums(sum, sum, sum, sum)[0];
+    float y = sum_of(sum);
     for (i64 i = whole; i < inputs; ++i) y += x[r * x_stride + i] * widen(w[i]);
     if (bias) y += *bias;
     out[r * out_stride] = add ? out[r * out_stride] + y : y;
@@ -218,10 +246,6 @@ struct Share {
     from = units * thread / threads * unit, to = end < size ? end : size;
   }
 };
-
-static float sum_of(Vec x) {
-  return sums(x, x, x, x)[0];
-}
 
 static void rms_norm(const float* x, const float* norm, i64 size, i64 wide, double eps, float* out) {
   Vec squares = {};
