@@ -22,6 +22,8 @@ from mambalign.ops import cpu_decode
 from mambalign.ops.cpu_decode import BLOCK
 from mambalign.ops.torch_scan import LOG2_E
 
+SHARE = 2**18  # bytes of a layer for a thread: reading fewer takes no longer than the threads' five meetings
+
 
 def unavailable(model: Any) -> str | None:
     """Why `NativeDecoder` cannot step `model`, but for a compiler; None if it can."""
@@ -67,7 +69,7 @@ class NativeDecoder(Stepper):
             layers=(cpu_decode.Layer * count)(*layers), norm=self._floats(backbone.norm_f.weight),
             embedding=self._address(self.embedding), head=self._product(model.lm_head), logits=self.logits.data_ptr(),
             num_layers=count, hidden_size=hidden, wide_hidden=wide_hidden, channels=self.channels, wide=wide,
-            states=states, taps=taps, rank=rank, vocabulary=head.shape[0], threads=torch.get_num_threads(),
+            states=states, taps=taps, rank=rank, vocabulary=head.shape[0], threads=_threads(mixer),
             eps=backbone.norm_f.variance_epsilon, low_eps=getattr(mixer, "rms_eps", -1.0), **buffers,
         )  # fmt: skip
         self.settle(exact=False)
@@ -114,6 +116,11 @@ class NativeDecoder(Stepper):
     def program(self, plan: Plan, start: int, phase: int) -> list[Call]:
         assert start == phase == 0, "one call takes all rows"
         return [partial(self._step, ctypes.byref(self._model), self.tokens.data_ptr(), plan.rows)]
+
+
+def _threads(mixer: Any) -> int:
+    layer = sum(parameter.numel() * parameter.element_size() for parameter in mixer.parameters())
+    return min(torch.get_num_threads(), max(1, layer // SHARE))
 
 
 def _padded(size: int) -> int:

@@ -91,14 +91,17 @@ def test_strong_and_weak_decay_and_wide_gates() -> None:
 
 
 @needs_compiler
-def test_a_number_is_the_same_bits_in_any_thread_and_beside_any_rows() -> None:
+def test_a_number_is_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pair("mamba", hidden_size=80, vocab_size=301)[1]
+    monkeypatch.setattr("mambalign.generation.native.SHARE", 1)
     before = torch.get_num_threads()
     found = {}
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found[threads] = walked(NativeDecoder(model, 8), 8)
+            decoder = NativeDecoder(model, 8)
+            assert decoder._model.threads == threads
+            found[threads] = walked(decoder, 8)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
