@@ -182,6 +182,8 @@ def print_pairs(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from mambalign.evals.mt_bench_scores import pair_notes
+
     state = "" if result["final"] else f" {PROVISIONAL}"
     against = f" against {escape(result['baseline'])}" if result["baseline"] else ""
     columns = ("model", "judge", "win", "loss", "tie", "win rate", "loss rate", "adjusted", "turn 1", "turn 2")
@@ -199,6 +201,8 @@ def print_pairs(result: dict[str, Any]) -> None:
         print(
             f"  NOT FINAL: {result['n_missing']} matches are missing, {result['n_errors']} have no verdict (left out)"
         )
+    for note in pair_notes(result):
+        print(f"  {note}")
     if result["first_shown"] is not None:
         print(
             f"  the judge kept its verdict when answers were swapped in {result['consistent']:.1%} of the matches; "

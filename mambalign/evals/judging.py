@@ -238,11 +238,12 @@ Identity = tuple[Any, ...]
 
 
 def _identity(judge: str, match: Match) -> Identity:
-    return (match.question.question_id, judge, match.prompt.name, *match.models)
+    return (match.question.question_id, judge, match.prompt.name, *sorted(match.models))
 
 
 def _row_identity(row: Mapping[str, Any]) -> Identity:
-    models = (row["model"],) if "model" in row else (row.get("model_1"), row.get("model_2"))
+    """Two models in either order are one match: both games are played anyway."""
+    models = [row["model"]] if "model" in row else sorted((str(row.get("model_1")), str(row.get("model_2"))))
     return (row.get("question_id"), *row.get("judge", ()), *models)
 
 

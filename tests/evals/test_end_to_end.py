@@ -217,6 +217,17 @@ def test_other_models_stay_in_the_file_and_none_is_there_twice(small: Small, tmp
     assert len(keys) == len(set(keys)) == 48
 
 
+def test_the_order_of_two_files_makes_no_other_match(small: Small, tmp_path: Path) -> None:
+    """Else the next command's glob would count a pair of models twice."""
+    a = small.answers("a", lambda q, turn: f"a {q}")
+    b = small.answers("b", lambda q, turn: f"b {q} " + "well " * q)
+    with running() as server:
+        for files in ([a, b], [b, a]):
+            assert mt_bench(server, small, tmp_path, files, "--mode", "pairwise-all").exit_code == 0
+    judged = rows(tmp_path / f"{JUDGE}_pair.jsonl")
+    assert len(judged) == 24 and {(row["model_1"], row["model_2"]) for row in judged} == {("b", "a")}
+
+
 def test_changed_answers_are_judged_anew(small: Small, tmp_path: Path) -> None:
     with running() as server:
         mt_bench(server, small, tmp_path, [small.answers("a", lambda q, turn: "first")])
@@ -442,6 +453,18 @@ def test_a_judge_agrees_with_itself_and_not_with_its_opposite(small: Small, tmp_
     assert "do not use it" in json.loads(opposite.stdout)["verdict"]
     assert json.loads(some.stdout)["compared"] == 7
     assert len(server.judged) == 24 * 2  # once by the benchmark, once into the calibration's own store
+
+
+def test_published_verdicts_without_a_score_are_left_out(small: Small, tmp_path: Path) -> None:
+    file = small.answers("mine", lambda q, turn: f"About topic {q}: " + "well " * (q * turn) + ".")
+    with running() as server:
+        mt_bench(server, small, tmp_path, [file])
+        published = rows(tmp_path / f"{JUDGE}_single.jsonl")
+        published[0]["score"], published[1]["score"], published[2]["score"] = None, -1, str(published[2]["score"])
+        found = write_rows(tmp_path / "published.jsonl", published)
+        done = run("calibrate", found, *judge_words(server, small, tmp_path / "c", "--json"))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["compared"] == 22
 
 
 @pytest.mark.parametrize("annotator", ["alpaca_eval_gpt4", "weighted_alpaca_eval_gpt4_turbo"])
