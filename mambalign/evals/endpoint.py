@@ -311,12 +311,15 @@ def read_key(variable: str | None, file: Path | None) -> str:
         if not key:
             raise UserError(f"--judge-key-env {variable}: there is no such variable, or it is empty")
         return _sendable(key, f"--judge-key-env {variable}")
-    if file:
-        key = file.expanduser().read_text(encoding="utf-8-sig", errors="replace").strip()
-        if not key or len(key.split()) > 1:
-            raise UserError(f"--judge-key-file {file}: it must hold the key and nothing else")
-        return _sendable(key, f"--judge-key-file {file}")
-    return ""
+    return read_key_file(file, "--judge-key-file") if file else ""
+
+
+def read_key_file(file: Path, option: str) -> str:
+    """The key in a file. Raises UserError, which names the `option`."""
+    key = file.expanduser().read_text(encoding="utf-8-sig", errors="replace").strip()
+    if not key or len(key.split()) > 1:
+        raise UserError(f"{option} {file}: it must hold the key and nothing else")
+    return _sendable(key, f"{option} {file}")
 
 
 def _sendable(key: str, where: str) -> str:
