@@ -237,15 +237,14 @@ def show_alpaca(
     log_to_stderr()
     with user_errors(debug):
         from mambalign.evals import alpaca_eval
-        from mambalign.evals.alpaca_scores import summarize
+        from mambalign.evals.alpaca_scores import leaderboard_of, summarize
 
         gamed = gamed_or_none(length_control, data_dir)
         asked = instructions_or_none(instructions, data_dir, needed=length_control)
         results = [summarize(alpaca_eval.load_annotations(path), asked, gamed, positional=positional)
                    for path in annotations]  # fmt: skip
         if leaderboard is not None:
-            rows = {result["model"]: result for result in results if result["final"]}
-            leaderboard.write_text(alpaca_eval.leaderboard_text(rows), encoding="utf-8")
+            leaderboard.write_text(leaderboard_of(results), encoding="utf-8")
         if as_json:
             print(json.dumps(results, indent=2))
             return
