@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -322,9 +323,11 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
     tolerant: read a ranking also where there is more around it; alpaca_eval does not, and the name says so.
 
     Raises:
-        UserError: see `Judge.ask`; the judge gives no log-probabilities and the annotator reads them.
+        UserError: see `Judge.ask`; the judge gives no log-probabilities and the annotator reads them; the model's name
+            cannot be a folder's.
     """
     annotator, model = comparisons[0].annotator, comparisons[0].output.generator
+    name = _folder_name(model)  # before anything is paid for
     try:
         asked = asking.ask(alpaca_calls(comparisons, tolerant), "AlpacaEval")
     except NoLogprobs as error:
@@ -354,7 +357,7 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
                 annotator=label,
             )
         )
-    folder = out / model.replace("/", "-") / label
+    folder = out / name / label
     judged = Judged(
         folder / "annotations.json",
         label,
@@ -377,6 +380,13 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
     else:
         leaderboard.unlink(missing_ok=True)  # an earlier one would be of other verdicts
     return judged
+
+
+def _folder_name(model: str) -> str:
+    name = re.sub(r"[/\x00-\x1f\x7f]", "-", model)
+    if not name.strip(". ") or len(name.encode(errors="replace")) > 200:
+        raise UserError(f"generator {model[:60]!r} cannot name the folder of its results; call the model otherwise")
+    return name.encode(errors="replace").decode()
 
 
 def read_verdict(

@@ -303,6 +303,21 @@ def test_a_judge_without_logprobs_is_refused_for_the_weighted_annotator_only(sma
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [f"alpaca_eval_clf_by_{JUDGE}"]
 
 
+def test_a_models_name_leads_to_no_other_folder(small: Small, tmp_path: Path) -> None:
+    named = outputs(small)
+    rows = json.loads(named.read_text())
+    with running() as server:
+        for name, folder in (("..", None), (" ", None), ("x" * 300, None), ("../a/b\n\0c", "..-a-b--c")):
+            named.write_text(json.dumps([row | {"generator": name} for row in rows]))
+            out = tmp_path / "out" / "in"
+            done = alpaca(server, small, out, named, "--annotator", "alpaca_eval_gpt4")
+            assert done.exit_code == (0 if folder else 2), done.output
+            if folder is None:
+                assert "cannot name the folder" in done.output and not server.judged
+            else:
+                assert (out / folder).is_dir() and [path.name for path in (tmp_path / "out").iterdir()] == ["in"]
+
+
 def test_an_unfinished_result_has_no_leaderboard(small: Small, tmp_path: Path) -> None:
     words = ("--annotator", "alpaca_eval_gpt4")
     with running() as server:
