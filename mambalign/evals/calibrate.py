@@ -18,7 +18,7 @@ from mambalign.evals import alpaca_eval, mt_bench
 from mambalign.evals.data import find_data
 from mambalign.evals.endpoint import Reply
 from mambalign.evals.judge import Call
-from mambalign.evals.judging import Asking, annotator_named, read_verdict, write_whole
+from mambalign.evals.judging import Asking, annotator_named, notes_on, read_verdict, write_whole
 from mambalign.evals.mt_bench_scores import rating_of
 from mambalign.evals.statistics import bootstrap_interval, clustered_mean, cohen_kappa, spearman
 from mambalign.recipe import UserError
@@ -102,7 +102,7 @@ def calibrate(items: Sequence[Item], asking: Asking, out: Path) -> dict[str, Any
         "why_missing": next(iter(asked.outcome.failures.values()), ""),
         "stopped": asked.outcome.stopped,
         "numbers": numbers,
-        "notes": asked.abilities.notes(),
+        "notes": notes_on(asking, asked, [reply for reply in asked.outcome.replies if reply]),
         "spent": asked.spent,
     }
     report["verdict"] = verdict(report)

@@ -108,11 +108,12 @@ class Judged:
         write_whole(self.file.with_suffix(".judge.json"), json.dumps(told, indent=2) + "\n")
 
 
-def _notes(asked: Asked, used: Sequence[Reply]) -> list[str]:
+def notes_on(asking: Asking, asked: Asked, used: Sequence[Reply]) -> list[str]:
     """Where this judge's verdicts are not those of one model asked as the benchmark asks."""
+    extra = [f"asked with {json.dumps(dict(asking.endpoint.extra))} beside the benchmark's own"]
     names = sorted({reply.model for reply in used if reply.model})
     several = [f"several models answered under this name: {', '.join(names)}"] if len(names) > 1 else []
-    return [*asked.abilities.notes(), *several]
+    return [*(extra if asking.endpoint.extra else ()), *asked.abilities.notes(), *several]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -225,7 +226,7 @@ def judge_mt_bench(matches: Sequence[Match], asking: Asking, out: Path) -> Judge
         stopped=asked.outcome.stopped,
         requests=asked.outcome.asked,
         spent=asked.spent,
-        notes=_notes(asked, used),
+        notes=notes_on(asking, asked, used),
     )
     judged.write(asking, used, {"models": sorted({model for match in matches for model in match.models})})
     return judged
@@ -368,7 +369,7 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
         stopped=asked.outcome.stopped,
         requests=asked.outcome.asked,
         spent=asked.spent,
-        notes=_notes(asked, used),
+        notes=notes_on(asking, asked, used),
     )
     write_whole(judged.file, alpaca_eval.annotations_text(rows))
     judged.write(asking, used, {"models": [model, comparisons[0].reference.generator]})

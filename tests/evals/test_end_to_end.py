@@ -303,6 +303,17 @@ def test_a_judge_without_logprobs_is_refused_for_the_weighted_annotator_only(sma
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [f"alpaca_eval_clf_by_{JUDGE}"]
 
 
+def test_what_a_judge_was_told_beside_the_benchmark_is_said(small: Small, tmp_path: Path) -> None:
+    more = ("--judge-extra", '{"temperature": 1, "seed": 3}')
+    with running() as server:
+        done = mt_bench(server, small, tmp_path, [small.answers("a", lambda q, turn: f"a {q}")], *more)
+        assert done.exit_code == 0 and server.judged[-1]["temperature"] == 1
+        report = run("calibrate", done.stdout.split()[0], *judge_words(server, small, tmp_path / "c", "--json", *more))
+    said = 'asked with {"temperature": 1, "seed": 3} beside the benchmark\'s own'
+    assert said in json.loads((tmp_path / f"{JUDGE}_single.judge.json").read_text())["notes"]
+    assert said in json.loads(report.stdout)["notes"]
+
+
 def test_a_models_name_leads_to_no_other_folder(small: Small, tmp_path: Path) -> None:
     named = outputs(small)
     rows = json.loads(named.read_text())
