@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             int("not ours")
         if loaded.run_name == "full":
             raise OSError(28, "No space left on device", "o/model.safetensors")
+        if loaded.run_name == "quota":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", "o/model.safetensors")
         if loaded.run_name == "stopped":
             raise SystemExit(85)
         return SimpleNamespace(output_dir=Path("o"), global_step=7, already_finished=False)
@@ -148,6 +151,7 @@ def test_usage_errors_exit_with_2() -> None:
     [
         ("interrupt", 130, "run the same command again"),
         ("full", 2, "the disk is full (o/model.safetensors)"),
+        ("quota", 2, "the disk quota is used up (o/model.safetensors)"),
         ("stopped", 85, ""),
         ("crash", 1, ""),
         ("library", 1, ""),  # a ValueError of some library is a bug of ours, not a sentence for the user

@@ -36,9 +36,10 @@ def answering_model(
     """Who answers: a model here in the engine, or one behind an endpoint."""
     if base_url is not None:
         from mambalign.evals.answers import EndpointModel
+        from mambalign.evals.endpoint import read_key_file
 
-        key = key_file.expanduser().read_text(encoding="utf-8").strip() if key_file else "none"
-        return EndpointModel(model, base_url, key)
+        key = read_key_file(key_file, "--api-key-file") if key_file else "none"
+        return EndpointModel(name or model, base_url, key, asked_for=model)
     if key_file is not None:
         raise mambalign.UserError("--api-key-file goes with --base-url")
     from mambalign.evals.answers import EngineModel

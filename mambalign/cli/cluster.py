@@ -74,7 +74,7 @@ def run(
     """Run a chain of stages (SFT, DPO, evaluation ...) on this machine, one after the other.
 
     Stopped, killed or failed? The same command goes on where it was: finished stages are passed over, a training
-    resumes from its newest checkpoint.
+    resumes from its newest checkpoint. An evaluation or command runs again where what it needs was made anew.
 
     Example: [bold]mambalign run recipes/tiny/pipeline.yaml --from dpo[/]
     """

@@ -38,8 +38,10 @@ def _raised_by_us(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user about their mistake; None when the error is not one."""
     if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC:
-            return f"the disk is full ({error.filename or 'while writing'}); nothing that was complete is lost"
+        full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+        if error.errno in full:
+            where = error.filename or "while writing"
+            return f"{full[error.errno]} ({where}); nothing that was complete is lost"
         kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
         if isinstance(error, kinds) and (error.filename or _raised_by_us(error)):
             return f"{error.filename}: {error.strerror}" if error.strerror and error.filename else str(error)

@@ -182,6 +182,8 @@ def print_pairs(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from mambalign.evals.mt_bench_scores import pair_notes
+
     state = "" if result["final"] else f" {PROVISIONAL}"
     against = f" against {escape(result['baseline'])}" if result["baseline"] else ""
     columns = ("model", "judge", "win", "loss", "tie", "win rate", "loss rate", "adjusted", "turn 1", "turn 2")
@@ -199,6 +201,8 @@ def print_pairs(result: dict[str, Any]) -> None:
         print(
             f"  NOT FINAL: {result['n_missing']} matches are missing, {result['n_errors']} have no verdict (left out)"
         )
+    for note in pair_notes(result):
+        print(f"  {note}")
     if result["first_shown"] is not None:
         print(
             f"  the judge kept its verdict when answers were swapped in {result['consistent']:.1%} of the matches; "
@@ -233,15 +237,14 @@ def show_alpaca(
     log_to_stderr()
     with user_errors(debug):
         from mambalign.evals import alpaca_eval
-        from mambalign.evals.alpaca_scores import summarize
+        from mambalign.evals.alpaca_scores import leaderboard_of, summarize
 
         gamed = gamed_or_none(length_control, data_dir)
         asked = instructions_or_none(instructions, data_dir, needed=length_control)
         results = [summarize(alpaca_eval.load_annotations(path), asked, gamed, positional=positional)
                    for path in annotations]  # fmt: skip
         if leaderboard is not None:
-            rows = {result["model"]: result for result in results if result["final"]}
-            leaderboard.write_text(alpaca_eval.leaderboard_text(rows), encoding="utf-8")
+            leaderboard.write_text(leaderboard_of(results), encoding="utf-8")
         if as_json:
             print(json.dumps(results, indent=2))
             return

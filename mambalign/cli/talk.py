@@ -179,7 +179,8 @@ def _keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
     """
     keys: list[str] = []
     if file is not None:
-        keys += [line.strip() for line in file.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = file.expanduser().read_text(encoding="utf-8-sig", errors="replace")
+        keys += [line.strip() for line in text.splitlines() if line.strip()]
         if not keys:
             raise mambalign.UserError(f"--api-key-file {file} is empty; put a key into it, one a line")
     if variable is not None:

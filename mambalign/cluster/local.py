@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mambalign.cluster import attempts
 from mambalign.cluster.attempts import Attempts
@@ -50,7 +51,9 @@ def run_pipeline(
             continue
         _check_needs(pipeline, stage, folder)
         if _is_done(stage, folder):
-            say(f"{stage.name}: finished before")
+            older = _made_anew_since(stage, folder)
+            say(f"{stage.name}: finished before" + (f", from an earlier {' and '.join(older)}; "
+                f"delete {stage.output_dir} to train it again" if older else ""))  # fmt: skip
             continue
         _freeze(stage, folder)
         code = _run_stage(stage, folder, say, visible_gpus(os.environ) if gpus is None else gpus)
@@ -66,11 +69,31 @@ def _check_needs(pipeline: Pipeline, stage: Stage, folder: Path) -> None:
 
 
 def _is_done(stage: Stage, folder: Path) -> bool:
-    """Finished, and as the pipeline says it now: a changed recipe or command is run, and says itself what to do."""
+    """Finished, and as the pipeline says it now: a changed recipe or command is run, and says itself what to do.
+
+    So is a command or evaluation whose model was made anew: its numbers would be the old one's.
+    """
     if stage.trains:
         return attempts.finished(stage.output_dir) and _frozen(stage, folder) in (stage.recipe, None)
-    ends = [line for line in Attempts.of(folder, stage.name).lines() if line.get("event") == "end"]
-    return bool(ends) and ends[-1].get("code") == 0 and ends[-1].get("command") == stage.command(str(folder))
+    last = _last_end(stage.name, folder)
+    same = last.get("code") == 0 and last.get("command") == stage.command(str(folder))
+    return same and not _made_anew_since(stage, folder)
+
+
+def _last_end(name: str, folder: Path) -> dict[str, Any]:
+    return next((line for line in reversed(Attempts.of(folder, name).lines()) if line.get("event") == "end"), {})
+
+
+def _times_finished(stage: Stage, folder: Path) -> dict[str, int]:
+    """How often each stage that this one needs was finished by now; counted, since clocks change."""
+    lines = {name: Attempts.of(folder, name).lines() for name in stage.needs}
+    return {name: sum(line.get("code") == 0 for line in found) for name, found in lines.items()}
+
+
+def _made_anew_since(stage: Stage, folder: Path) -> list[str]:
+    """Stages it needs that were finished again after it; unknown (none) where its record does not say."""
+    before = _last_end(stage.name, folder).get("made_from", {})
+    return [name for name, times in _times_finished(stage, folder).items() if times > before.get(name, times)]
 
 
 def _frozen(stage: Stage, folder: Path) -> str | None:
@@ -105,7 +128,7 @@ def _run_stage(stage: Stage, folder: Path, say: Callable[[str], None], gpus: int
         with log.open("ab") as output:
             group = Group(words, count, stage_environment(stage), output)
             code = group.wait(tick=_Reporter(stage, say))
-        record.end(code, command=stage.command(str(folder)))
+        record.end(code, command=stage.command(str(folder)), made_from=_times_finished(stage, folder))
         if signal.SIGINT in group.received:
             return 130
         if code == 0:

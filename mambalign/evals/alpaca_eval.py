@@ -306,14 +306,16 @@ def parse_ranking_tolerant(reply: str | None) -> int | None:
 
 def parse_logprobs(top_logprobs: Iterable[Mapping[str, Any]] | Mapping[str, float]) -> float | None:
     """2 - p(m) / (p(m) + p(M)) of the first token's likeliest alternatives (`{"token", "logprob"}`, or token ->
-    log-probability); a token that is not among them has p = 0; None where neither is."""
+    log-probability); a token that is not among them has p = 0; None where neither is, or one has no number."""
     if isinstance(top_logprobs, Mapping):
         logprobs = dict(top_logprobs)
     else:
         logprobs = {entry["token"]: entry["logprob"] for entry in top_logprobs}
     first, second = (logprobs.get(token, -math.inf) for token in ("m", "M"))
+    if not all(isinstance(value, int | float) and value < math.inf for value in (first, second)):
+        return None
     best = max(first, second)
-    if not best > -math.inf:
+    if best == -math.inf:
         return None
     weights = math.exp(first - best), math.exp(second - best)
     return 2 - weights[0] / (weights[0] + weights[1])
@@ -392,8 +394,22 @@ def leaderboard_text(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def annotations_text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """annotations.json: an array, indented by 2."""
-    return json.dumps(list(rows), indent=2, allow_nan=False) + "\n"
+    """annotations.json: an array, indented by 2.
+
+    Some servers spell infinities and NaN in their replies, which JSON lacks: a log-probability of minus infinity is
+    written as -9999.0, as OpenAI does, any other as null.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return -9999.0 if value == -math.inf else None
+        return value
+
+    return json.dumps([plain(row) for row in rows], indent=2, allow_nan=False) + "\n"
 
 
 def _cell(text: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mambalign.evals.alpaca_eval import N_INSTRUCTIONS, Output, avg_length, metrics
+from mambalign.evals.alpaca_eval import N_INSTRUCTIONS, Output, avg_length, leaderboard_text, metrics
 from mambalign.evals.length_control import Gamed, difficulties, length_controlled
 from mambalign.evals.statistics import bootstrap_interval
 from mambalign.recipe import UserError
@@ -69,6 +69,22 @@ def summarize(
     if gamed is not None:
         summary |= _controlled(annotations, instructions, gamed, positional)
     return summary
+
+
+def leaderboard_of(results: Sequence[Mapping[str, Any]]) -> str:
+    """leaderboard.csv of the summaries that are final. It has no column for a judge, so all must be of one.
+
+    Raises:
+        UserError: several judges or references, or a model twice.
+    """
+    for key in ("judge", "reference"):
+        found = sorted({str(result[key]) for result in results})
+        if len(found) > 1:
+            raise UserError(f"--leaderboard: its table names no {key}, so it is of one, not of {' and '.join(found)}")
+    rows = {str(result["model"]): result for result in results}
+    if len(rows) < len(results):
+        raise UserError("--leaderboard: a model is there twice; give one file a model")
+    return leaderboard_text({name: row for name, row in rows.items() if row["final"]})
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:

@@ -104,7 +104,8 @@ class EngineModel:
 
 @dataclass
 class EndpointModel:
-    """A model behind an OpenAI-compatible server, which applies the chat template. Up to `parallel` calls at once."""
+    """A model behind an OpenAI-compatible server, which applies the chat template. Up to `parallel` calls at once.
+    asked_for: its name there, where that is another than in the results."""
 
     name: str
     base_url: str
@@ -112,10 +113,11 @@ class EndpointModel:
     parallel: int = 8
     timeout: float = 600.0
     max_retries: int = 6
+    asked_for: str | None = None
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {"model": self.name, "base_url": self.base_url}
+        return {"model": self.asked_for or self.name, "base_url": self.base_url}
 
     def run(self, asks: Mapping[int, Ask], done: Done) -> None:
         try:
@@ -130,7 +132,7 @@ class EndpointModel:
             sampling = ask.sampling
             try:
                 answer = client.chat.completions.create(
-                    model=self.name,
+                    model=self.asked_for or self.name,
                     messages=ask.messages,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
@@ -139,11 +141,9 @@ class EndpointModel:
                 )
             except openai.OpenAIError as error:
                 return Said(error=" ".join(str(error).split())[:300])
-            choice = answer.choices[0] if answer.choices else None
-            if choice is None or choice.message.content is None:
-                return Said(error="the reply has no content")
-            tokens = answer.usage.prompt_tokens if answer.usage else None
-            return Said(choice.message.content.strip(), None, tokens, choice.finish_reason)
+            except ValueError as error:
+                return Said(error=f"the reply is no JSON: {error}"[:300])
+            return _said(answer)
 
         with client, ThreadPoolExecutor(self.parallel) as pool:
             running: dict[Future[Said], int] = {pool.submit(call, ask): key for key, ask in asks.items()}
@@ -157,6 +157,20 @@ class EndpointModel:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _said(answer: Any) -> Said:
+    """What the client made of a reply, which it checks in nothing: a page of HTML is a text, wrong types are kept."""
+    choices = getattr(answer, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
+    text = getattr(message, "content", None)
+    if not isinstance(text, str):
+        return Said(error="the reply has no content" if message else f"no chat completion: {str(answer)[:80]!r}")
+    tokens = getattr(getattr(answer, "usage", None), "prompt_tokens", None)
+    # Half a surrogate pair, which JSON can spell, could neither be asked again nor written.
+    text = text.encode(errors="replace").decode().strip()
+    return Said(text, None, tokens if isinstance(tokens, int) else None, getattr(choice, "finish_reason", None))
 
 
 def answer_mt_bench(

@@ -18,7 +18,8 @@ from mambalign.evals import alpaca_eval, mt_bench
 from mambalign.evals.data import find_data
 from mambalign.evals.endpoint import Reply
 from mambalign.evals.judge import Call
-from mambalign.evals.judging import Asking, annotator_named, read_verdict, write_whole
+from mambalign.evals.judging import Asking, annotator_named, notes_on, read_verdict, write_whole
+from mambalign.evals.mt_bench_scores import rating_of
 from mambalign.evals.statistics import bootstrap_interval, clustered_mean, cohen_kappa, spearman
 from mambalign.recipe import UserError
 
@@ -101,7 +102,7 @@ def calibrate(items: Sequence[Item], asking: Asking, out: Path) -> dict[str, Any
         "why_missing": next(iter(asked.outcome.failures.values()), ""),
         "stopped": asked.outcome.stopped,
         "numbers": numbers,
-        "notes": asked.abilities.notes(),
+        "notes": notes_on(asking, asked, [reply for reply in asked.outcome.replies if reply]),
         "spent": asked.spent,
     }
     report["verdict"] = verdict(report)
@@ -185,7 +186,8 @@ def _call(prompt: mt_bench.JudgePrompt, user_prompt: str, readable: Callable[[st
 
 
 def _rating(where: str, row: dict[str, Any], prompts: dict[str, mt_bench.JudgePrompt]) -> Item | None:
-    if row["score"] == mt_bench.UNPARSED:
+    published = rating_of(row)
+    if published == mt_bench.UNPARSED:
         return None
     prompt = _prompt(where, row, prompts)
 
@@ -195,7 +197,7 @@ def _rating(where: str, row: dict[str, Any], prompts: dict[str, mt_bench.JudgePr
 
     call = _call(prompt, row["user_prompt"], lambda text: mt_bench.parse_rating(text) != mt_bench.UNPARSED)
     cluster, length = str(row["question_id"]), float(len(row["user_prompt"]))
-    return Item("rating", cluster, (call,), float(row["score"]), read, length, row["judge"][0])
+    return Item("rating", cluster, (call,), float(published), read, length, row["judge"][0])
 
 
 _SIDES = {"model_1": -1.0, "model_2": 1.0, "tie": 0.0}

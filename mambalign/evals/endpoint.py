@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +112,10 @@ class Reply:
             return None
 
 
+# They would make the judge another one than results name, or the reply another than one chat completion.
+NOT_EXTRA = ("model", "messages", "n", "stream")
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where a judge is asked.
@@ -120,7 +125,7 @@ class Endpoint:
         model: the judge's name there.
         api_key: sent as a bearer token, shown and stored nowhere.
         timeout: seconds for one whole call.
-        extra: more keys of the request's body, such as {"reasoning_effort": "low"}.
+        extra: more keys of the request's body, such as {"reasoning_effort": "low"}; none of `NOT_EXTRA`.
 
     Raises:
         UserError: what these say cannot be an endpoint.
@@ -145,6 +150,9 @@ class Endpoint:
             raise UserError(f"judge_base_url: leave out what follows /v1 in {self.base_url}")
         if not self.model:
             raise UserError("judge_model: an endpoint needs to be told which model")
+        taken = [key for key in NOT_EXTRA if key in self.extra]
+        if taken:
+            raise UserError(f"judge_extra: {taken[0]} is not for it to say: results name the judge that was asked")
         object.__setattr__(self, "base_url", url.geturl())
 
     @property
@@ -241,7 +249,7 @@ class Endpoint:
         refusal = reply.choice["message"].get("refusal")
         if reply.finish_reason == "content_filter" or refusal:
             raise Refused(f"refused: {self._clean(str(refusal or 'its content filter stopped it'))[:200]}", reply.usage)
-        if not reply.text.strip():
+        if not reply.text.strip() and (reply.reasoned or reply.top_logprobs is None):
             cut_off = reply.finish_reason == "length"
             why = " (all its tokens went into reasoning)" if cut_off else ""
             raise Refused(f"empty text, finish_reason {reply.finish_reason!r}{why}", reply.usage, cut_off)
@@ -254,7 +262,10 @@ class Endpoint:
         return self._by_status(int(code) if code.isdecimal() else 500, told, code.lower(), None)
 
     def _trouble(self, error: Any) -> Exception:
-        body = error.body if isinstance(error.body, dict) else {}
+        body = error.body
+        if isinstance(body, list) and body:  # Google's endpoint puts its error into a list
+            body = body[0].get("error") if isinstance(body[0], dict) else None
+        body = body if isinstance(body, dict) else {}
         told = self._clean(str(body.get("message") or error.message))[:300]
         code = str(body.get("code") or body.get("type") or "").lower()
         trouble = self._by_status(error.status_code, told, code, retry_after(error.response.headers))
@@ -299,13 +310,22 @@ def read_key(variable: str | None, file: Path | None) -> str:
         key = os.environ.get(variable, "").strip()
         if not key:
             raise UserError(f"--judge-key-env {variable}: there is no such variable, or it is empty")
-        return key
-    if file:
-        key = file.expanduser().read_text(encoding="utf-8").strip()
-        if not key or len(key.split()) > 1:
-            raise UserError(f"--judge-key-file {file}: it must hold the key and nothing else")
-        return key
-    return ""
+        return _sendable(key, f"--judge-key-env {variable}")
+    return read_key_file(file, "--judge-key-file") if file else ""
+
+
+def read_key_file(file: Path, option: str) -> str:
+    """The key in a file. Raises UserError, which names the `option`."""
+    key = file.expanduser().read_text(encoding="utf-8-sig", errors="replace").strip()
+    if not key or len(key.split()) > 1:
+        raise UserError(f"{option} {file}: it must hold the key and nothing else")
+    return _sendable(key, f"{option} {file}")
+
+
+def _sendable(key: str, where: str) -> str:
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{where}: a key must be of printable ASCII characters: it travels in a header")
+    return key
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -322,7 +342,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     if seconds is not None or value is None:
         return seconds
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        date = parsedate_to_datetime(value)
+        # HTTP's dates are in GMT; one that does not say so is not in this machine's zone for that.
+        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time())
     except (ValueError, OverflowError):
         return None
 

@@ -364,6 +364,8 @@ class _Run:
 def _why_no_verdict(call: Call, reply: Reply) -> str | None:
     if call.top_logprobs and reply.top_logprobs is None:
         return "the reply has no log-probabilities"
+    if not call.top_logprobs and not reply.text.strip():
+        return "empty text"
     if reply.finish_reason == "length" and not call.top_logprobs and not call.verdict(reply.text):
         return f"cut off before a verdict: {' '.join(reply.text.split())[-200:]!r}"
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -107,11 +108,12 @@ class Judged:
         write_whole(self.file.with_suffix(".judge.json"), json.dumps(told, indent=2) + "\n")
 
 
-def _notes(asked: Asked, used: Sequence[Reply]) -> list[str]:
+def notes_on(asking: Asking, asked: Asked, used: Sequence[Reply]) -> list[str]:
     """Where this judge's verdicts are not those of one model asked as the benchmark asks."""
+    extra = [f"asked with {json.dumps(dict(asking.endpoint.extra))} beside the benchmark's own"]
     names = sorted({reply.model for reply in used if reply.model})
     several = [f"several models answered under this name: {', '.join(names)}"] if len(names) > 1 else []
-    return [*asked.abilities.notes(), *several]
+    return [*(extra if asking.endpoint.extra else ()), *asked.abilities.notes(), *several]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -224,7 +226,7 @@ def judge_mt_bench(matches: Sequence[Match], asking: Asking, out: Path) -> Judge
         stopped=asked.outcome.stopped,
         requests=asked.outcome.asked,
         spent=asked.spent,
-        notes=_notes(asked, used),
+        notes=notes_on(asking, asked, used),
     )
     judged.write(asking, used, {"models": sorted({model for match in matches for model in match.models})})
     return judged
@@ -238,11 +240,12 @@ Identity = tuple[Any, ...]
 
 
 def _identity(judge: str, match: Match) -> Identity:
-    return (match.question.question_id, judge, match.prompt.name, *match.models)
+    return (match.question.question_id, judge, match.prompt.name, *sorted(match.models))
 
 
 def _row_identity(row: Mapping[str, Any]) -> Identity:
-    models = (row["model"],) if "model" in row else (row.get("model_1"), row.get("model_2"))
+    """Two models in either order are one match: both games are played anyway."""
+    models = [row["model"]] if "model" in row else sorted((str(row.get("model_1")), str(row.get("model_2"))))
     return (row.get("question_id"), *row.get("judge", ()), *models)
 
 
@@ -321,9 +324,11 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
     tolerant: read a ranking also where there is more around it; alpaca_eval does not, and the name says so.
 
     Raises:
-        UserError: see `Judge.ask`; the judge gives no log-probabilities and the annotator reads them.
+        UserError: see `Judge.ask`; the judge gives no log-probabilities and the annotator reads them; the model's name
+            cannot be a folder's.
     """
     annotator, model = comparisons[0].annotator, comparisons[0].output.generator
+    name = _folder_name(model)  # before anything is paid for
     try:
         asked = asking.ask(alpaca_calls(comparisons, tolerant), "AlpacaEval")
     except NoLogprobs as error:
@@ -353,7 +358,7 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
                 annotator=label,
             )
         )
-    folder = out / model.replace("/", "-") / label
+    folder = out / name / label
     judged = Judged(
         folder / "annotations.json",
         label,
@@ -364,7 +369,7 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
         stopped=asked.outcome.stopped,
         requests=asked.outcome.asked,
         spent=asked.spent,
-        notes=_notes(asked, used),
+        notes=notes_on(asking, asked, used),
     )
     write_whole(judged.file, alpaca_eval.annotations_text(rows))
     judged.write(asking, used, {"models": [model, comparisons[0].reference.generator]})
@@ -376,6 +381,13 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
     else:
         leaderboard.unlink(missing_ok=True)  # an earlier one would be of other verdicts
     return judged
+
+
+def _folder_name(model: str) -> str:
+    name = re.sub(r"[/\x00-\x1f\x7f]", "-", model)
+    if not name.strip(". ") or len(name.encode(errors="replace")) > 200:
+        raise UserError(f"generator {model[:60]!r} cannot name the folder of its results; call the model otherwise")
+    return name.encode(errors="replace").decode()
 
 
 def read_verdict(

@@ -85,9 +85,8 @@ def load_judgments(path: Path) -> list[Judgment]:
             raise UserError(f"{where}: no key model, so this is no judgment of a single answer{hint}")
         judge, prompt = _judge(row)
         text = row.get("judgment") or ""
-        score = _score(row["score"]) if "score" in row else parse_rating(text)
         turn = _turn(row, prompt, where)
-        judgments.append(Judgment(_id(row, where), str(row["model"]), judge, prompt, turn, score, text, row))
+        judgments.append(Judgment(_id(row, where), str(row["model"]), judge, prompt, turn, rating_of(row), text, row))
     if not judgments:
         raise UserError(f"{path}: there are no judgments")
     return judgments
@@ -134,7 +133,11 @@ def _turn(row: Mapping[str, Any], prompt: str, where: str) -> int:
     return int(turn)
 
 
-def _score(value: Any) -> float:
+def rating_of(row: Mapping[str, Any]) -> float:
+    """A row's score; a missing one is read from the judgment, one that is null or no number is -1."""
+    if "score" not in row:
+        return parse_rating(row.get("judgment"))
+    value = row["score"]
     if isinstance(value, str):
         try:
             value = float(value)
@@ -292,6 +295,17 @@ def question_scores(judgments: Sequence[Judgment]) -> dict[int, list[float]]:
 # Pairs --------------------------------------------------------------------------------------------------------------
 
 
+def against(judgments: Sequence[PairJudgment], baseline: str | None) -> Sequence[PairJudgment]:
+    """Those with `baseline` on either side; all where it is None. Raises UserError where there is none."""
+    if baseline is None:
+        return judgments
+    met = [judgment for judgment in judgments if baseline in judgment.models]
+    if not met:
+        models = sorted({model for judgment in judgments for model in judgment.models})
+        raise UserError(f"--baseline: there are no judgments of {baseline!r}; there are those of {', '.join(models)}")
+    return met
+
+
 def pair_table(judgments: Iterable[PairJudgment], baseline: str | None = None) -> list[dict[str, Any]]:
     """A row a judge and model, best win_rate_adjusted first: FastChat's pairwise show_result.
 
@@ -326,7 +340,9 @@ def pair_summary(
     consistent: share of the matches with two verdicts in which swapping the answers changed nothing. first_shown: share
     of the decided games that the answer shown first won (no bias: 0.5), with the two-sided p of a sign test. n_missing:
     matches of the models in the file on `questions` that are not there; n_errors: those with a game without a verdict.
+    All of it is of the matches against `baseline` where there is one. Raises UserError where nothing met it.
     """
+    judgments = against(judgments, baseline)
     by_id = None if questions is None else {question.question_id: question for question in questions}
     known = [j for j in judgments if j.winner != FAILED_VERDICT]
     first = sum((j.g1_winner == "model_1") + (j.g2_winner == "model_2") for j in known)
@@ -355,6 +371,12 @@ def pair_summary(
         "first_shown_p": sign_test(first, second),
         "final": not errors and not missing,
     }
+
+
+def pair_notes(result: Mapping[str, Any]) -> list[str]:
+    """What stands below a table of pairwise rates, beside the judge's bias."""
+    n = result["n_duplicates"]
+    return [f"{n} matches were judged again, in this order of models or the other; all count, as in FastChat"] * bool(n)
 
 
 def sign_test(first: int, second: int) -> float | None:

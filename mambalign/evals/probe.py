@@ -100,10 +100,12 @@ async def probe(call: Callable[[dict[str, Any], Messages], Awaitable[Reply]], re
             if not able.reasons and refusal.cut_off:  # all of 16 tokens were thought
                 return await attempt(replace(able, reasons=True))
             raise UserError(f"the judge answers a harmless question with: {refusal}") from refusal
+        reasons, first = able.reasons or reply.reasoned, reply.top_logprobs
         return replace(
             able,
-            logprobs=able.logprobs and reply.top_logprobs is not None,
-            reasons=able.reasons or reply.reasoned,
+            # Of a model that thinks they may be those of its first thought, which say nothing of the answer.
+            logprobs=able.logprobs and first is not None and (not reasons or bool({"m", "M"} & first.keys())),
+            reasons=reasons,
             model=reply.model,
             system_fingerprint=reply.system_fingerprint,
         )

@@ -351,6 +351,7 @@ def pair_page(
     abouts: Sequence[Mapping[str, Any]] = (),
 ) -> Page:
     """The page of pairwise judgments: rates, agreement of both orders, matches in which a model lost twice."""
+    judgments = mt_bench_scores.against(judgments, baseline)
     result = mt_bench_scores.pair_summary(judgments, questions, baseline)
     by_id = None if questions is None else {question.question_id: question for question in questions}
     judges = list(dict.fromkeys(j.judge for j in judgments))
@@ -375,7 +376,7 @@ def pair_page(
     tables = [
         table(columns, rows(part), f"{name}, judged by {', '.join(judges)}{state}") for name, part in captions.items()
     ]
-    lines = []
+    lines = mt_bench_scores.pair_notes(result)
     if result["consistent"] is not None:
         lines.append(f"swapping the answers changed nothing in {result['consistent']:.1%} of the matches")
     if result["first_shown"] is not None:

@@ -147,5 +147,14 @@ def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
-    file = Path(path).expanduser()
+    """
+    Raises:
+        UserError: a name that no file can have: ~ of an unknown user, a NUL.
+    """
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such user; write ./{path} for a file whose name begins so") from error
+    if "\0" in str(file):
+        raise UserError(f"{str(file)!r} is no name of a file")
     return file if file.suffix == Path(FILE).suffix else file / FILE

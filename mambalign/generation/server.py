@@ -390,12 +390,16 @@ async def _until_gone(receive: Receive) -> None:
 
 class Server(uvicorn.Server):
     """Stops in order: at the first signal new requests get 503 while running ones finish, up to `drain_seconds`; at the
-    second the process ends at once."""
+    second the process ends at once. A connection on which no request's head arrives within `head_seconds` is closed:
+    uvicorn would keep it for ever, and so many use up all that a process may have open."""
+
+    head_seconds = 30.0
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self.should_exit = False
         self.service = service
+        self._headless: dict[Any, float] = {}  # connections without a request's head, since time.monotonic()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.draining:
@@ -421,6 +425,7 @@ class Server(uvicorn.Server):
         while not self.should_exit:
             await super().on_tick(0)
             await asyncio.sleep(0.1)
+            self._close_headless()
             if self.service.draining:
                 deadline = deadline or time.monotonic() + self.service.options.drain_seconds
                 if time.monotonic() > deadline:
@@ -428,6 +433,22 @@ class Server(uvicorn.Server):
                     self.should_exit = True
                 elif self.service.worker.idle and not self.server_state.tasks:
                     self.should_exit = True
+
+    def _close_headless(self) -> None:
+        now = time.monotonic()
+        waiting = {one for one in self.server_state.connections if _is_headless(one)}
+        self._headless = {one: self._headless.get(one, now) for one in waiting}
+        for connection, since in self._headless.items():
+            if now - since > self.head_seconds:
+                connection.transport.close()
+
+
+def _is_headless(connection: Any) -> bool:
+    """Before a first request, or behind one where something came, but no whole head. In between uvicorn's own timer
+    runs."""
+    if connection.cycle is None:
+        return True
+    return connection.cycle.response_complete and connection.timeout_keep_alive_task is None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -457,6 +478,7 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     config = uvicorn.Config(
         app,
+        http="h11",  # httptools, where it is installed, reads a head of any size into memory
         log_config=None,
         access_log=False,
         server_header=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import secrets
 import signal
@@ -104,6 +105,8 @@ class Terminal:
 
     def run(self) -> None:
         """Until the input ends or /quit."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what Python makes of other bytes is no text
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (line editing and history for input())
@@ -130,6 +133,8 @@ class Terminal:
             else:
                 self.attempt = 0
                 self.answer(line)
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
         except (UserError, OSError) as error:
             self.console.print(visible(str(error)), style="red", markup=False, highlight=False)
 
@@ -138,6 +143,7 @@ class Terminal:
         Raises:
             UserError: the chat template refuses the conversation, which is as it was then.
         """
+        question = question.encode(errors="replace").decode()  # half surrogate pairs: an argument of no UTF-8
         reason: FinishReason | None = None
         before = len(self.talk.messages)
         answer: Any = self.talk.ask(self.engine, question, self.settings.sampling(self.attempt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,8 +43,39 @@ def test_finished_stages_are_passed_over_unless_they_changed(chain: Any) -> None
     assert chain(stages)[0] == 0
     assert chain(stages) == (0, ["a: finished before", "b: finished before"])
     assert Path("log").read_text() == "a\nb\n"
-    assert chain(stages | {"a": "echo A >> log"})[0] == 0
-    assert Path("log").read_text() == "a\nb\nA\n"
+    assert chain(stages | {"b": {"command": "echo B >> log", "needs": ["a"]}})[0] == 0
+    assert Path("log").read_text() == "a\nb\nB\n"
+
+
+def test_what_is_made_from_a_stage_that_is_made_anew_is_made_anew(chain: Any, tmp_path: Path) -> None:
+    """Else a new model's evaluation would be passed over, and its numbers be the old one's."""
+    stages = {"a": "cp wanted model", "b": {"command": "cat model >> log", "needs": ["a"]}}
+    stages |= {"c": {"command": "wc -l log >> counts", "needs": ["b"]}, "d": "echo d >> other"}
+    Path("wanted").write_text("old\n")
+    assert chain(stages)[0] == 0
+    Path("wanted").write_text("new\n")
+    code, said = chain(stages | {"a": "cp -f wanted model"})
+    assert code == 0 and said[-1] == "d: finished before"
+    assert Path("log").read_text() == "old\nnew\n" and len(Path("counts").read_text().splitlines()) == 2
+    assert chain(stages | {"a": "cp -f wanted model"})[1] == [f"{name}: finished before" for name in "abcd"]
+    record = Attempts.of(tmp_path / "run", "b").path  # of a version that did not count
+    record.write_text(re.sub(r', "made_from": {[^}]*}', "", record.read_text()))
+    assert chain(stages)[1][-1] == "d: finished before"
+
+
+def test_a_training_from_an_earlier_model_is_said(chain: Any, tmp_path: Path) -> None:
+    sft, dpo = tmp_path / "sft", tmp_path / "dpo"
+    stages = {"sft": {"recipe": "sft.yaml", "output_dir": str(sft)}, "dpo": {"recipe": "dpo.yaml", "model": "sft",
+              "output_dir": str(dpo)}}  # fmt: skip
+    for folder in (sft, dpo):
+        folder.mkdir()
+        (folder / "run.json").write_text('{"status": "finished"}')
+    Attempts.of(tmp_path / "run", "sft").end(0)
+    Attempts.of(tmp_path / "run", "dpo").end(0, made_from={"sft": 1})
+    assert chain(stages)[1] == ["sft: finished before", "dpo: finished before"]
+    Attempts.of(tmp_path / "run", "sft").end(85)
+    Attempts.of(tmp_path / "run", "sft").end(0)
+    assert chain(stages)[1][1] == f"dpo: finished before, from an earlier sft; delete {dpo} to train it again"
 
 
 def test_a_failure_shows_the_end_of_its_log_and_stops_the_chain(chain: Any) -> None:

@@ -105,6 +105,12 @@ def test_logprobs() -> None:
     assert alpaca_eval.parse_logprobs({"m": -1.0}) == 1 and alpaca_eval.parse_logprobs({"M": -1e4}) == 2
     assert alpaca_eval.parse_logprobs({"m": -9000.0, "M": -9000.0}) == 1.5
     assert alpaca_eval.parse_logprobs({"The": -0.1}) is None and alpaca_eval.parse_logprobs([]) is None
+    for junk in (math.nan, math.inf, None):
+        assert alpaca_eval.parse_logprobs({"m": -1.0, "M": junk}) is None  # type: ignore[dict-item]
+        assert alpaca_eval.parse_logprobs({"m": junk, "M": -1.0}) is None  # type: ignore[dict-item]
+        assert alpaca_eval.parse_logprobs({"m": -1.0, "The": junk}) == 1  # type: ignore[dict-item]
+    assert alpaca_eval.parse_logprobs({"m": -1.0, "M": -math.inf}) == 1
+    assert alpaca_eval.parse_logprobs({"m": -math.inf, "M": -math.inf}) is None
     assert [alpaca_eval.parse_letter(text) for text in ("m", "M", ' "M".\n', "mM", "", None)] == [
         1,
         2,
@@ -113,6 +119,15 @@ def test_logprobs() -> None:
         None,
         None,
     ]
+
+
+def test_infinities_in_a_reply_can_be_written() -> None:
+    top = [{"token": "m", "logprob": -0.1}, {"token": "M", "logprob": -math.inf}, {"token": "x", "logprob": math.nan}]
+    row = {"preference": 1.0, "raw_completion": {"logprobs": {"content": [{"top_logprobs": top}]}}}
+    (read,) = json.loads(alpaca_eval.annotations_text([row]))
+    again = alpaca_eval.completion_logprobs(read["raw_completion"])
+    assert again == [top[0], {"token": "M", "logprob": -9999.0}, {"token": "x", "logprob": None}]
+    assert alpaca_eval.parse_logprobs(again) == 1
 
 
 def test_metrics() -> None:

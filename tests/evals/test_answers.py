@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -155,7 +156,7 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
     """An OpenAI-compatible server that fails every request whose text holds one of `fails`."""
-    state = SimpleNamespace(bodies=[], fails=set(), url="")
+    state = SimpleNamespace(bodies=[], fails=set(), url="", raw=None)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args: Any) -> None:
@@ -173,9 +174,10 @@ def server() -> Iterator[SimpleNamespace]:
                 "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
             }  # fmt: skip
             raw = json.dumps({"error": {"message": "no"}} if failed else reply).encode()
+            raw = state.raw or raw
             self.send_response(400 if failed else 200)
             self.send_header("Content-Length", str(len(raw)))
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "text/html" if raw.startswith(b"<") else "application/json")
             self.end_headers()
             self.wfile.write(raw)
 
@@ -209,6 +211,40 @@ def test_behind_an_endpoint_a_failed_call_is_no_answer(
     last = server.bodies[-1]
     assert roles(last) == ["user", "assistant", "user"] and last["messages"][1]["content"] == "answer to write {x}"
     assert (last["temperature"], last["seed"], last["max_tokens"], last["model"]) == (0.7, 0, 1024, "m")
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b"<html>busy</html>", "no chat completion: '<html>busy</html>'"),
+        (b'{"choices": [', "no JSON"),
+        (b"[]", "no chat completion"),
+        (b'{"choices": []}', "no chat completion"),
+        (b'{"choices": [{"message": {"content": null}}]}', "no content"),
+        (b'{"choices": [{"message": {"content": [{"type": "text", "text": "x"}]}}]}', "no content"),
+    ],
+)
+def test_a_reply_that_is_none_is_a_failed_call(
+    raw: bytes, why: str, questions: list[Question], tmp_path: Path, server: SimpleNamespace
+) -> None:
+    server.raw = raw
+    with pytest.raises(UserError, match=f"3 of 3 could not be answered .*{re.escape(why)}"):
+        answer_mt_bench(questions, EndpointModel("m", server.url), tmp_path / "m.jsonl")
+
+
+def test_half_a_surrogate_pair_is_asked_and_written_on(
+    questions: list[Question], tmp_path: Path, server: SimpleNamespace
+) -> None:
+    server.raw = b'{"choices": [{"message": {"content": "a\\ud800"}, "finish_reason": "stop"}]}'
+    answer_mt_bench(questions, EndpointModel("m", server.url), tmp_path / "m.jsonl")
+    assert load_answers(tmp_path / "m.jsonl")[7].turns == ("a?", "a?")
+    assert server.bodies[-1]["messages"][1]["content"] == "a?"
+
+
+def test_a_model_may_have_another_name_at_its_endpoint(tmp_path: Path, server: SimpleNamespace) -> None:
+    behind = EndpointModel("mine", server.url, asked_for="served")
+    answer_alpaca([Output("x", "", "reference")], behind, tmp_path / "m.json")
+    assert load_outputs(tmp_path / "m.json")[0].generator == "mine" and server.bodies[-1]["model"] == "served"
 
 
 def test_parity_keeps_fastchats_error_answer(

@@ -217,6 +217,17 @@ def test_other_models_stay_in_the_file_and_none_is_there_twice(small: Small, tmp
     assert len(keys) == len(set(keys)) == 48
 
 
+def test_the_order_of_two_files_makes_no_other_match(small: Small, tmp_path: Path) -> None:
+    """Else the next command's glob would count a pair of models twice."""
+    a = small.answers("a", lambda q, turn: f"a {q}")
+    b = small.answers("b", lambda q, turn: f"b {q} " + "well " * q)
+    with running() as server:
+        for files in ([a, b], [b, a]):
+            assert mt_bench(server, small, tmp_path, files, "--mode", "pairwise-all").exit_code == 0
+    judged = rows(tmp_path / f"{JUDGE}_pair.jsonl")
+    assert len(judged) == 24 and {(row["model_1"], row["model_2"]) for row in judged} == {("b", "a")}
+
+
 def test_changed_answers_are_judged_anew(small: Small, tmp_path: Path) -> None:
     with running() as server:
         mt_bench(server, small, tmp_path, [small.answers("a", lambda q, turn: "first")])
@@ -290,6 +301,32 @@ def test_a_judge_without_logprobs_is_refused_for_the_weighted_annotator_only(sma
         assert not (tmp_path / "mine").exists()
         assert alpaca(server, small, tmp_path, outputs(small), "--annotator", "alpaca_eval_clf").exit_code == 0
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [f"alpaca_eval_clf_by_{JUDGE}"]
+
+
+def test_what_a_judge_was_told_beside_the_benchmark_is_said(small: Small, tmp_path: Path) -> None:
+    more = ("--judge-extra", '{"temperature": 1, "seed": 3}')
+    with running() as server:
+        done = mt_bench(server, small, tmp_path, [small.answers("a", lambda q, turn: f"a {q}")], *more)
+        assert done.exit_code == 0 and server.judged[-1]["temperature"] == 1
+        report = run("calibrate", done.stdout.split()[0], *judge_words(server, small, tmp_path / "c", "--json", *more))
+    said = 'asked with {"temperature": 1, "seed": 3} beside the benchmark\'s own'
+    assert said in json.loads((tmp_path / f"{JUDGE}_single.judge.json").read_text())["notes"]
+    assert said in json.loads(report.stdout)["notes"]
+
+
+def test_a_models_name_leads_to_no_other_folder(small: Small, tmp_path: Path) -> None:
+    named = outputs(small)
+    rows = json.loads(named.read_text())
+    with running() as server:
+        for name, folder in (("..", None), (" ", None), ("x" * 300, None), ("../a/b\n\0c", "..-a-b--c")):
+            named.write_text(json.dumps([row | {"generator": name} for row in rows]))
+            out = tmp_path / "out" / "in"
+            done = alpaca(server, small, out, named, "--annotator", "alpaca_eval_gpt4")
+            assert done.exit_code == (0 if folder else 2), done.output
+            if folder is None:
+                assert "cannot name the folder" in done.output and not server.judged
+            else:
+                assert (out / folder).is_dir() and [path.name for path in (tmp_path / "out").iterdir()] == ["in"]
 
 
 def test_an_unfinished_result_has_no_leaderboard(small: Small, tmp_path: Path) -> None:
@@ -442,6 +479,18 @@ def test_a_judge_agrees_with_itself_and_not_with_its_opposite(small: Small, tmp_
     assert "do not use it" in json.loads(opposite.stdout)["verdict"]
     assert json.loads(some.stdout)["compared"] == 7
     assert len(server.judged) == 24 * 2  # once by the benchmark, once into the calibration's own store
+
+
+def test_published_verdicts_without_a_score_are_left_out(small: Small, tmp_path: Path) -> None:
+    file = small.answers("mine", lambda q, turn: f"About topic {q}: " + "well " * (q * turn) + ".")
+    with running() as server:
+        mt_bench(server, small, tmp_path, [file])
+        published = rows(tmp_path / f"{JUDGE}_single.jsonl")
+        published[0]["score"], published[1]["score"], published[2]["score"] = None, -1, str(published[2]["score"])
+        found = write_rows(tmp_path / "published.jsonl", published)
+        done = run("calibrate", found, *judge_words(server, small, tmp_path / "c", "--json"))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["compared"] == 22
 
 
 @pytest.mark.parametrize("annotator", ["alpaca_eval_gpt4", "weighted_alpaca_eval_gpt4_turbo"])

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from mambalign.evals.cost import Budget, Prices
-from mambalign.evals.endpoint import Endpoint, Reply, read_key, retry_after
-from mambalign.evals.judge import Call, Judge, NoLogprobs, Outcome
+from mambalign.evals.endpoint import Endpoint, Refused, Reply, read_key, retry_after
+from mambalign.evals.judge import Call, Judge, NoLogprobs, Outcome, _why_no_verdict
+from mambalign.evals.probe import probe
 from mambalign.evals.rule_judge import MODEL, Faults, RuleJudge, running
 from mambalign.evals.store import ReplyStore
 from mambalign.recipe import UserError
@@ -110,6 +111,17 @@ def test_retry_after_in_every_spelling() -> None:
     assert retry_after({}) is None
 
 
+def test_a_date_without_a_zone_is_in_gmt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "XYZ-5")
+    time.tzset()
+    try:
+        soon = datetime.now(UTC).replace(tzinfo=None) + timedelta(seconds=30)
+        assert 28 < (retry_after({"retry-after": format_datetime(soon)}) or 0) <= 30
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 @pytest.mark.parametrize(
     ("faults", "reason"),
     [
@@ -188,6 +200,15 @@ def test_keys_come_from_a_variable_or_a_file(tmp_path: Path, monkeypatch: pytest
     file.write_text("two words")
     with pytest.raises(UserError, match="nothing else"):
         read_key(None, file)
+    file.write_bytes(b"\xef\xbb\xbfdef\r\n")  # as Windows' editor writes it
+    assert read_key(None, file) == "def"
+    for junk in ("schlüssel".encode(), b"\xff\xfe"):
+        file.write_bytes(junk)
+        with pytest.raises(UserError, match="printable ASCII"):
+            read_key(None, file)
+    monkeypatch.setenv("MY_KEY", "schlüssel")
+    with pytest.raises(UserError, match="printable ASCII"):
+        read_key("MY_KEY", None)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +217,23 @@ def test_keys_come_from_a_variable_or_a_file(tmp_path: Path, monkeypatch: pytest
 def test_addresses_that_are_none_or_hold_secrets_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="judge_base_url"):
         Endpoint(url, "m")
+
+
+def test_nothing_makes_the_judge_another_than_results_name() -> None:
+    for key in ("model", "messages", "n", "stream"):
+        with pytest.raises(UserError, match=f"judge_extra: {key}"):
+            Endpoint("http://127.0.0.1/v1", "m", extra={key: 1})
+    Endpoint("http://127.0.0.1/v1", "m", extra={"reasoning_effort": "low"})
+
+
+def test_an_error_in_a_list_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def error(handler: Any, status: int, message: str, code: str, headers: Any = None, param: Any = None) -> None:
+        handler._reply(status, [{"error": {"code": status, "message": message, "status": "INVALID_ARGUMENT"}}], headers)
+
+    with running(Faults(refuse=("temperature",))) as server:
+        monkeypatch.setattr("mambalign.evals.rule_judge._Handler._error", error)
+        assert all(ask(server.url, tmp_path, calls(1)).replies)
+        assert len(server.requests) == 3  # what it said named the parameter: nothing else was tried
 
 
 # The probe ----------------------------------------------------------------------------------------------------------
@@ -260,6 +298,38 @@ def test_thoughts_are_not_the_answer() -> None:
     assert reply("It wrote <think>x</think>, so [[3]]").text.startswith("It wrote")
     assert reply(None).text == ""
     assert reply("<think>a</think>b").reasoned and not reply("b").reasoned
+
+
+FIRST = [{"token": "\n", "logprob": -0.1}, {"token": "m", "logprob": -2.0}, {"token": "M", "logprob": -3.0}]
+
+
+def told(message: dict[str, Any], top: list[dict[str, Any]] | None) -> bytes:
+    logprobs = {"content": [{"token": top[0]["token"], "top_logprobs": top}]} if top else None
+    return json.dumps({"choices": [{"message": message, "logprobs": logprobs, "finish_reason": "length"}]}).encode()
+
+
+def test_log_probabilities_are_a_verdict_whatever_the_first_token_looks_like() -> None:
+    """A judge whose likeliest first token is a line break has probabilities of "m" and "M" all the same."""
+    endpoint = Endpoint("http://127.0.0.1/v1", "m")
+    for content in ("\n", ""):
+        reply = endpoint._read(told({"content": content}, FIRST), 0.0)
+        assert reply.top_logprobs == {"\n": -0.1, "m": -2.0, "M": -3.0}
+        assert _why_no_verdict(Call((), 1, top_logprobs=5), reply) is None
+        assert _why_no_verdict(Call((), 100), reply) == "empty text"
+    for message, top in (({"content": "\n"}, None), ({"content": "", "reasoning_content": "Hm."}, FIRST)):
+        with pytest.raises(Refused, match="empty text"):
+            endpoint._read(told(message, top), 0.0)
+
+
+@pytest.mark.parametrize(("first", "usable"), [("<think>", False), ("m", True)])
+def test_log_probabilities_of_a_thought_are_none_of_the_answer(first: str, usable: bool) -> None:
+    async def call(params: dict[str, Any], messages: list[dict[str, str]]) -> Reply:
+        top = [{"token": first, "logprob": 0.0}]
+        message = {"content": "m", "reasoning_content": "Hm."}
+        return Reply({"message": message, "logprobs": {"content": [{"top_logprobs": top}]}}, None)
+
+    able = asyncio.run(probe(call, 100))
+    assert able.reasons and able.logprobs is usable
 
 
 # Money --------------------------------------------------------------------------------------------------------------

@@ -309,8 +309,24 @@ def test_pairwise_rates(write: Write) -> None:
     assert summary["first_shown"] == pytest.approx(6 / 11)
     winners = [vote["winner"] for vote in mt_bench_scores.votes(judgments)]
     assert winners == ["model_a", "model_b", "tie (inconsistent)", "tie (inconsistent)", "model_a", "model_a"]
+    with pytest.raises(UserError, match="no judgments of 'z'; there are those of a, b, c"):
+        mt_bench_scores.pair_summary(judgments, baseline="z")
     with pytest.raises(UserError, match="winner 'A' is none of"):
         mt_bench_scores.load_pair_judgments(write("x.jsonl", game(1, "A", "B")))
+
+
+def test_only_matches_against_the_baseline_say_anything(write: Write) -> None:
+    """Errors, missing matches and the judge's bias among other models are no matter of theirs."""
+    other = ("b", "c")
+    rows = [game(q, "model_1", "model_1", turn=turn) for q in (1, 2) for turn in (1, 2)]
+    rows += [game(1, "error", "tie", other), game(2, "model_1", "model_2", other), game(2, "tie", "tie", ("c", "b"))]
+    judgments = mt_bench_scores.load_pair_judgments(write("p.jsonl", *rows))
+    everything, alone = (mt_bench_scores.pair_summary(judgments, baseline=name) for name in (None, "a"))
+    assert (everything["n_errors"], everything["n_missing"], everything["n_duplicates"]) == (1, 2, 1)
+    assert not everything["final"] and "1 matches were judged again" in mt_bench_scores.pair_notes(everything)[0]
+    assert alone["final"] and (alone["n_errors"], alone["n_missing"], alone["n_duplicates"]) == (0, 0, 0)
+    assert (alone["n_matches"], alone["consistent"], alone["first_shown"]) == (4, 1, 0.5)
+    assert not mt_bench_scores.pair_notes(alone)
 
 
 def test_sign_test() -> None:

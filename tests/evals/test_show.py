@@ -67,6 +67,14 @@ def test_alpaca(write: Write, folder: Path, tmp_path: Path) -> None:
     assert "not final" not in whole.output.lower() and "alpaca_eval_gpt4-my-judge" in whole.output
     assert "lost or won: 33.333 to 66.667" in whole.output
     assert board.read_text().splitlines()[1].startswith("m,50.0,50.0,1,1,0,2,50.0,,1,")
+    for name, changed, message in (
+        ("b.json", {"annotator": "another", "generator_2": "n"}, "names no judge"),
+        ("c.json", {"generator_1": "another", "generator_2": "n"}, "names no reference"),
+        ("d.json", {}, "a model is there twice"),
+    ):
+        files = write("a.json", *rows), write(name, *(row | changed for row in rows))
+        both = run("alpaca", "show", *files, "--data-dir", folder, "--leaderboard", tmp_path / "x.csv")
+        assert both.exit_code == 2 and message in both.output and not (tmp_path / "x.csv").exists()
     (read,) = json.loads(run("alpaca", "show", write("a.json", *rows), "--data-dir", folder, "--json").output)
     assert (read["win_rate"], read["n_unparsed"], read["final"]) == (50, 1, True)
 

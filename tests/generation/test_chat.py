@@ -127,6 +127,9 @@ def test_a_failing_engine_leaves_the_conversation_as_it_was(monkeypatch: pytest.
         ("/save", "/save needs the name of a file"),
         ("/save /dev/null/x.safetensors", "Not a directory"),
         ("/load nowhere.safetensors", "there is no saved state nowhere.safetensors"),
+        ("/save ~no-such-user/x", "~no-such-user/x: there is no such user"),
+        ("/load ~no-such-user", "there is no such user"),
+        ("/save a\0b", "no name of a file"),
         ("/undo", "nothing has been asked yet"),
         ("/retry", "nothing has been asked yet"),
         ("/settings top_p=2", "top_p: 2.0 must be above 0 and at most 1"),
@@ -137,6 +140,31 @@ def test_a_mistake_is_a_sentence_and_the_talk_goes_on(
 ) -> None:
     _, out, notes = at_terminal(monkeypatch, capsys, f"{line}\nhello\n")
     assert words in notes and out == f"{ANSWER}\n"
+
+
+def test_bytes_that_are_no_text_are_still_a_question(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for errors in ("strict", "surrogateescape"):  # as Python opens standard input in a UTF-8 and in the C locale
+        piped = io.TextIOWrapper(io.BytesIO(b"a\xff\xfeb\nlast"), "utf-8", errors)
+        monkeypatch.setattr(sys, "stdin", piped)
+        terminal = Terminal(FakeEngine(), SURE, Console(file=io.StringIO()))
+        terminal.run()
+        assert [turn["content"] for turn in terminal.talk.messages[::2]] == ["a\ufffd\ufffdb", "last"]
+    terminal.answer("\udcff?")  # of an argument
+    assert terminal.talk.messages[-2]["content"] == "??"
+    capsys.readouterr()
+
+
+def test_nobody_reading_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    fake = FakeEngine()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        Terminal(fake, SURE, Console(file=io.StringIO())).run()
+    assert len(fake.requests) == 1 and fake.running == {}
 
 
 def test_control_sequences_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -390,6 +390,7 @@ async def crowd(live: Live, clients: int, seconds: float) -> int:
         (["nowhere/at/all"], "nowhere/at/all"),
         (["TINY", "--api-key-env", "NO_SUCH_VARIABLE"], "this variable is not set"),
         (["TINY", "--api-key-file", "EMPTY"], "is empty; put a key into it"),
+        (["TINY", "--api-key-file", "BYTES"], "printable ASCII"),
         (["TINY", "--api-key-file", "nowhere"], "nowhere: No such file"),
         (["TINY", "--host", "203.0.113.9"], "cannot listen on 203.0.113.9, port 8000"),
         (["TINY", "--chat-template", "zephir"], "did you mean 'zephyr'"),
@@ -399,12 +400,13 @@ async def crowd(live: Live, clients: int, seconds: float) -> int:
 )
 def test_what_a_user_writes_wrong_is_one_sentence(words: list[str], message: str, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in tiny.iterdir():
         if "chat_template" not in file.name:
             (bare / file.name).symlink_to(file)
-    names = {"TINY": str(tiny), "EMPTY": str(tmp_path / "empty"), "BARE": str(bare)}
+    names = {"TINY": str(tiny), "EMPTY": str(tmp_path / "empty"), "BYTES": str(tmp_path / "bytes"), "BARE": str(bare)}
     result = CliRunner().invoke(cli, ["serve", *[names.get(word, word) for word in words]])
     assert result.exit_code == 2, result.output
     assert message in result.output and "Traceback" not in result.output

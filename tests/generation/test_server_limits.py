@@ -3,6 +3,7 @@ always freed: `running` asserts it at the end of every test."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -86,6 +87,32 @@ def test_bodies_that_do_not_arrive() -> None:
             first = raw_request(live, head.replace(b"100", lie), 8).split(b"\r\n")[0]
             assert b" 400 " in first or b" 413 " in first, (lie, first)
         assert post(live, CHAT).status_code == 200
+
+
+def until_in(wanted: bytes, connection: socket.socket) -> None:
+    answer = b""
+    while wanted not in answer:
+        part = connection.recv(65536)
+        assert part, answer
+        answer += part
+
+
+def test_heads_that_do_not_arrive() -> None:
+    """Silent from the start, half a head, and half of a second one; an answer that takes longer is not cut off."""
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(FakeEngine(step_seconds=0.05)) as live, contextlib.ExitStack() as stack:
+        live.server.head_seconds = 0.5
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", live.port), 5)) for _ in range(4)]
+        for connection, sent in zip(opened, (b"", whole[:20], whole, whole), strict=True):
+            connection.sendall(sent)
+        for connection in opened[2:]:
+            until_in(b'{"status":"ok"}', connection)
+        opened[2].sendall(whole[:20])
+        assert post(live, CHAT).status_code == 200  # about a second
+        for connection in opened[:3]:
+            assert connection.recv(65536) == b""
+        opened[3].sendall(whole)  # kept alive in good order
+        until_in(b'{"status":"ok"}', opened[3])
 
 
 # ------------------------------------------------------------------------------------------------------ who may ask
