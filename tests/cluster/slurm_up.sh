@@ -22,7 +22,12 @@ down() {
     for job in $jobs; do timeout 60 scancel --full --signal=KILL "$job" || true; timeout 60 scancel "$job" || true; done
     for _ in $(seq 40); do [ -z "$(timeout 60 squeue -h || true)" ] && break; sleep 0.2; done
   fi
-  for file in "$folder"/run/slurmd-*.pid "$folder"/run/slurmctld.pid "$folder"/run/munged.pid; do
+  # Each takes seconds to end: all are asked first, but for munged, which the others need for it.
+  for file in "$folder"/run/slurm*.pid; do
+    name=$(basename "$file" .pid)
+    pid=$(ours "$file" "${name%%-*}" "$folder") && kill "$pid" 2>/dev/null || true
+  done
+  for file in "$folder"/run/slurm*.pid "$folder"/run/munged.pid; do
     name=$(basename "$file" .pid); name=${name%%-*}
     pid=$(ours "$file" "$name" "$folder") || continue
     kill "$pid" 2>/dev/null || true
