@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,28 +15,35 @@ from mambalign.bench import figures, measure
 from mambalign.recipe import UserError
 
 
-def test_contestants_take_turns_and_those_without_memory_leave(capsys: pytest.CaptureFixture[str]) -> None:
+def test_contestants_take_turns_and_those_without_memory_leave(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
+    now = [100.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
 
-    def run(name: str, wait: float, lacks: bool = False) -> Any:
+    def run(name: str, takes: float, lacks: bool = False) -> Any:
         def call() -> None:
             order.append(name)
-            time.sleep(wait)
+            now[0] += takes
             if lacks:
                 raise torch.OutOfMemoryError
 
         return call
 
     results = measure.compete(
-        {"slow": run("slow", 0.02), "big": run("big", 0, lacks=True), "fast": run("fast", 0)}, repeats=3, warmup=1
+        {"slow": run("slow", 2.0), "big": run("big", 9.0, lacks=True), "fast": run("fast", 0.5)}, repeats=3, warmup=1
     )
     assert order == ["slow", "big", "fast"] + ["slow", "fast"] * 3
     assert list(results) == ["slow", "fast"] and "big: out of memory" in capsys.readouterr().err
-    assert 20 <= results["slow"]["ms_low"] <= results["slow"]["ms"] <= results["slow"]["ms_high"]
-    assert results["fast"]["ms"] < 20
+    assert [results["slow"][key] for key in ("ms_low", "ms", "ms_high")] == [2000.0] * 3
+    assert results["fast"]["ms"] == 500.0
     order.clear()
-    measure.compete({"slow": run("slow", 0)}, repeats=9, warmup=0, seconds=0)
+    measure.compete({"slow": run("slow", 1.0)}, repeats=9, warmup=0, seconds=0.5)
     assert len(order) == 3  # time is over, but a median needs three
+    order.clear()
+    measure.compete({"slow": run("slow", 1.0)}, repeats=9, warmup=0, seconds=4.5)
+    assert len(order) == 5
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of resident memory are Linux's")

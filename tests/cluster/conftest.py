@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -51,12 +52,24 @@ def chain(**changes: Any) -> dict[str, Any]:
     return {"name": "chain", "resources": resources, "env": {"NAME": 'it\'s "me"'}, "stages": stages} | changes
 
 
+def on_a_leash(folder: Path) -> Path:
+    """A program to name as the cluster's Python: `mambalign VERB` goes as far as VERB.leash in this folder says."""
+    program = folder / "python-on-a-leash"
+    program.write_text(
+        f"#!/bin/bash\npython={shlex.quote(sys.executable)} folder={shlex.quote(str(folder))}\n"
+        '[ "$1 $2" = "-m mambalign" ] && exec "$python" -m tests.train.leash "$folder/$3.leash" "${@:3}"\n'
+        'exec "$python" "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
 @pytest.fixture(scope="session")
 def htcondor_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with HTCondor's Python bindings, which expand and check submit files without any daemon."""
     folder = tmp_path_factory.mktemp("htcondor")
     words = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
-    done = subprocess.run([*words, "--target", str(folder), HTCONDOR], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words, "--target", str(folder), HTCONDOR], capture_output=True, text=True, timeout=600)
     if done.returncode:
         pytest.skip(f"{HTCONDOR} cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
     return folder

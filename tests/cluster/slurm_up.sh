@@ -18,11 +18,16 @@ down() {
   export SLURM_CONF=$folder/etc/slurm.conf
   [ -d "$folder/run" ] || return 0
   if ours "$folder/run/slurmctld.pid" slurmctld "$folder" >/dev/null; then
-    jobs=$(timeout 10 squeue -h -o %A | sort -u || true)
-    for job in $jobs; do timeout 10 scancel --full --signal=KILL "$job" || true; timeout 10 scancel "$job" || true; done
-    for _ in $(seq 40); do [ -z "$(timeout 10 squeue -h || true)" ] && break; sleep 0.2; done
+    jobs=$(timeout 60 squeue -h -o %A | sort -u || true)
+    for job in $jobs; do timeout 60 scancel --full --signal=KILL "$job" || true; timeout 60 scancel "$job" || true; done
+    for _ in $(seq 40); do [ -z "$(timeout 60 squeue -h || true)" ] && break; sleep 0.2; done
   fi
-  for file in "$folder"/run/slurmd-*.pid "$folder"/run/slurmctld.pid "$folder"/run/munged.pid; do
+  # Each takes seconds to end: all are asked first, but for munged, which the others need for it.
+  for file in "$folder"/run/slurm*.pid; do
+    name=$(basename "$file" .pid)
+    pid=$(ours "$file" "${name%%-*}" "$folder") && kill "$pid" 2>/dev/null || true
+  done
+  for file in "$folder"/run/slurm*.pid "$folder"/run/munged.pid; do
     name=$(basename "$file" .pid); name=${name%%-*}
     pid=$(ours "$file" "$name" "$folder") || continue
     kill "$pid" 2>/dev/null || true
@@ -118,8 +123,8 @@ munged --force --key-file="$folder/munge/key" --socket="$folder/munge/sock" --pi
   --log-file="$folder/log/munged.log" --seed-file="$folder/munge/seed"
 slurmctld -f "$SLURM_CONF"
 for node in "${nodes[@]}"; do slurmd -N "$node" -f "$SLURM_CONF"; done
-for _ in $(seq 100); do
-  [ "$(timeout 5 sinfo -h -p low -N -o %t 2>/dev/null | grep -c idle)" = 2 ] && exit 0
+for _ in $(seq 600); do
+  [ "$(timeout 20 sinfo -h -p low -N -o %t 2>/dev/null | grep -c idle)" = 2 ] && exit 0
   sleep 0.2
 done
 echo "slurm_up: the nodes did not come up" >&2

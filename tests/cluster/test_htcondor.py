@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from mambalign.cluster.htcondor import HTCondorProfile, gpu_request, render
 from mambalign.cluster.keys import ClusterError
 from mambalign.cluster.pipeline import read_pipeline
 from mambalign.recipe import read_yaml_map
-from tests.cluster.conftest import chain, fake_recipe
+from tests.cluster.conftest import chain, fake_recipe, on_a_leash
 from tests.cluster.golden import check_golden
 from tests.train.conftest import workbench as workbench
+from tests.train.leash import let
 from tests.train.test_run import assert_same_run
+from tests.waiting import PATIENCE, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROFILES = sorted((REPOSITORY / "recipes/clusters").glob("htcondor*.yaml"))
@@ -101,7 +103,7 @@ def ads(site: Path, files: dict[str, str], slots: list[str] = []) -> dict[str, A
     code = ADS.replace("SLOTS", repr(slots))
     texts = {name: text for name, text in files.items() if name.endswith(".sub")}
     done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(texts), capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code], input=json.dumps(texts), capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(site), "CONDOR_CONFIG": "/dev/null"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -265,7 +267,8 @@ def test_an_evicted_job_goes_on_elsewhere_from_what_it_sent_home(
     shutil.move("out/sft", "calm")
     Path("sft.yaml").write_text(yaml.safe_dump(values))
     pipeline = read_pipeline({"stages": {"sft": {"recipe": "sft.yaml"}}, "resources": {"gpus": 0}}, "p", read_recipe)
-    profile = HTCondorProfile.read({"python": sys.executable}, "profile")
+    leash = tmp_path / "sft.leash"
+    profile = HTCondorProfile.read({"python": str(on_a_leash(tmp_path))}, "profile")
     folder = tmp_path / "runs"
     folder.mkdir()
     for name, content in htcondor.render(pipeline, profile, str(tmp_path), str(folder)).items():
@@ -276,27 +279,28 @@ def test_an_evicted_job_goes_on_elsewhere_from_what_it_sent_home(
     machines = tmp_path / "machines"
     machines.mkdir()
 
-    def reach(process: subprocess.Popen[bytes], step: int) -> None:
-        end = time.monotonic() + 60
-        while not any(line["step"] >= step for line in read_lines(starter.sandbox / "ckpt/metrics.jsonl")):
-            assert process.poll() is None and time.monotonic() < end, (tmp_path / "job.out").read_text()[-3000:]
-            time.sleep(0.02)
+    def reach(step: int, begin: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        """The job somewhere between that step and the third behind it."""
+        let(leash, step + 3)
+        process = begin()
+        lines = lambda: read_lines(starter.sandbox / "ckpt/metrics.jsonl")  # noqa: E731
+        until(lambda: any(line["step"] >= step for line in lines()) or process.poll() is not None)
+        assert process.poll() is None, (tmp_path / "job.out").read_text()[-3000:]
+        return process
 
-    process = starter.start(machines)
-    reach(process, 8)
+    process = reach(8, lambda: starter.start(machines))
     os.kill(process.pid, signal.SIGUSR1)  # what the launcher does to itself when a slice is over
-    assert process.wait(60) == int(starter.keys["checkpoint_exit_code"])
+    assert process.wait(PATIENCE) == int(starter.keys["checkpoint_exit_code"])
     starter.send_home("transfer_checkpoint_files", starter.spool)
-    process = starter.run()  # in the same place
-    reach(process, 20)
-    starter.evict(process, grace=30)
+    process = reach(20, starter.run)  # in the same place
+    starter.evict(process, grace=PATIENCE)
     saved = newest_step(starter.spool / "ckpt")
     assert saved >= 18
-    process = starter.start(machines)
-    reach(process, saved + 5)
+    process = reach(saved + 5, lambda: starter.start(machines))
     starter.evict(process, grace=0, end=signal.SIGKILL)  # no transfer
+    let(leash, 60)
     process = starter.start(machines)
-    assert process.wait(120) == 0, (tmp_path / "job.out").read_text()[-3000:]
+    assert process.wait(PATIENCE) == 0, (tmp_path / "job.out").read_text()[-3000:]
     starts = [line for line in read_lines(starter.sandbox / "ckpt/attempts.jsonl") if line["event"] == "start"]
     assert [line["step"] >= at for line, at in zip(starts, (0, 6, saved), strict=True)] == [True] * 3
     assert starts[-1]["step"] == saved

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +24,12 @@ from mambalign.cluster.attempts import Attempts, read_json, read_lines
 from mambalign.cluster.keys import ClusterError
 from mambalign.cluster.pipeline import read_pipeline
 from mambalign.cluster.submit import submit_pipeline
+from tests.cluster.conftest import on_a_leash
 from tests.train.conftest import history
 from tests.train.conftest import workbench as workbench
+from tests.train.leash import let
 from tests.train.test_run import assert_same_run
+from tests.waiting import PATIENCE, until
 
 UP = Path(__file__).with_name("slurm_up.sh")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,9 +44,9 @@ SITE = {
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """A function that runs one of Slurm's commands on a cluster of its own."""
-    folder = Path(f"/tmp/mambalign-slurm-{os.getpid()}")  # short: munge's socket has a name of 108 characters at most
-    port = 20000 + os.getpid() % 20000
-    done = subprocess.run(["bash", str(UP), str(folder), str(port)], capture_output=True, text=True, timeout=180)
+    folder = Path(tempfile.mkdtemp(prefix="mambalign-slurm-", dir="/tmp"))  # short: a socket has 108 characters at most
+    port = 20000 + 3 * os.getpid() % 12000  # it and the next two are no other process's; the kernel's begin at 32768
+    done = subprocess.run(["bash", str(UP), str(folder), str(port)], capture_output=True, text=True, timeout=900)
     if done.returncode == 3:
         pytest.skip(f"no Slurm to test on: {done.stderr.strip()}")
     before = os.environ.get("SLURM_CONF")
@@ -51,21 +55,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
         assert done.returncode == 0, done.stderr
 
         def command(*words: str) -> str:
-            return subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+            done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=True)
+            return done.stdout.strip()
 
         yield command
     finally:
-        subprocess.run(["bash", str(UP), "--down", str(folder)], timeout=60, check=False, capture_output=True)
+        subprocess.run(["bash", str(UP), "--down", str(folder)], timeout=PATIENCE, check=False, capture_output=True)
         os.environ.pop("SLURM_CONF")
         if before is not None:
             os.environ["SLURM_CONF"] = before
-
-
-def until(holds: Callable[[], Any], what: str, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
 
 
 def submitted(pipeline: dict[str, Any], folder: Path, **site: Any) -> dict[str, str]:
@@ -82,8 +80,8 @@ def state(slurm: Callable[..., str], job: str) -> str:
     return shown[1]
 
 
-def wait_for(slurm: Callable[..., str], job: str, *states: str, seconds: float = 180) -> None:
-    until(lambda: state(slurm, job) in states, f"job {job} is {' or '.join(states)}", seconds)
+def wait_for(slurm: Callable[..., str], job: str, *states: str) -> None:
+    until(lambda: state(slurm, job) in states, f"job {job} is not {' or '.join(states)}")
 
 
 def wait_for_restart(slurm: Callable[..., str], job: str, number: int) -> None:
@@ -94,14 +92,14 @@ def wait_for_restart(slurm: Callable[..., str], job: str, number: int) -> None:
         assert "JobState=COMPLETED" not in shown, "the job was done before it was disturbed"
         return f" Restarts={number} " in shown
 
-    until(restarted, f"job {job} is started again")
+    until(restarted, f"job {job} is not started again")
 
 
 def _is_back(slurm: Callable[..., str], node: str) -> bool:
     """Slurm refuses a resume while the node still cleans up, and once it has come back by itself."""
     if slurm("sinfo", "-h", "-p", "low", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"):
         return True
-    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, timeout=30)
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, timeout=PATIENCE)
     return False
 
 
@@ -132,17 +130,23 @@ def test_a_chain_survives_what_a_cluster_does(
         "dpo": {"recipe": "dpo.yaml", "model": "sft"},
         "eval": {"command": "sha256sum ${dpo.output_dir}/model.safetensors > result.txt"},
     }
-    jobs = submitted({"name": "chain", "resources": small, "stages": stages}, Path("runs/chain"))
+    for name in recipes:
+        let(tmp_path / f"{name}.leash", 0)
+    pipeline = {"name": "chain", "resources": small, "stages": stages}
+    jobs = submitted(pipeline, Path("runs/chain"), python=str(on_a_leash(tmp_path)))
     dice = random.Random(7)
 
     def at_random_step(stage: str) -> int:
-        """Wait for a step some way behind the newest that is logged."""
+        """Wait for a step some way behind the newest that is logged, at which the job stays."""
         lines = lambda: read_lines(tmp_path / "out" / stage / "metrics.jsonl")  # noqa: E731
         seen = max((line["step"] for line in lines()), default=0)
         target = seen + dice.randint(3, 8)
+        let(tmp_path / f"{stage}.leash", target)
         attempt = len(Attempts.of(Path("runs/chain"), stage).starts)
-        until(lambda: any(line["step"] >= target for line in lines()), f"{stage} (attempt {attempt}) is at {target}")
-        assert state(slurm, jobs[stage]) == "RUNNING", "too quick to be disturbed"
+        until(
+            lambda: any(line["step"] >= target for line in lines()), f"{stage} (attempt {attempt}) is not at {target}"
+        )
+        assert state(slurm, jobs[stage]) == "RUNNING"
         return target
 
     first, second = slurm("sinfo", "-h", "-p", "low", "-N", "-o", "%N").split()
@@ -153,12 +157,15 @@ def test_a_chain_survives_what_a_cluster_does(
     at_random_step("sft")
     slurm("scontrol", "requeue", jobs["sft"])
     slurm("scontrol", "update", f"nodename={first}", "state=drain", "reason=test")  # the rest has to run on the other
+    wait_for_restart(slurm, jobs["sft"], 2)
+    let(tmp_path / "sft.leash", 60)
     wait_for(slurm, jobs["dpo"], "RUNNING")
     at_random_step("dpo")
     slurm("scontrol", "update", f"nodename={first}", "state=resume")
     slurm("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
     wait_for_restart(slurm, jobs["dpo"], 1)
-    until(lambda: _is_back(slurm, second), "the node is back")
+    let(tmp_path / "dpo.leash", 60)
+    until(lambda: _is_back(slurm, second), "the node is not back")
     wait_for(slurm, jobs["eval"], "COMPLETED", "CANCELLED", "FAILED")
 
     assert {name: state(slurm, job) for name, job in jobs.items()} == dict.fromkeys(jobs, "COMPLETED")
@@ -188,17 +195,19 @@ def test_a_time_limit_is_seen_coming(
     def stopped(attempt: int) -> tuple[str, int]:
         """(signal, step) at which that attempt saved."""
         attempts = lambda: read_json(tmp_path / "out/run.json").get("attempts", [])  # noqa: E731
-        until(lambda: len(attempts()) >= attempt and "why" in attempts()[attempt - 1], f"attempt {attempt} has saved")
+        until(
+            lambda: len(attempts()) >= attempt and "why" in attempts()[attempt - 1], f"attempt {attempt} has not saved"
+        )
         why = re.fullmatch(r"(SIG\w+) at step (\d+) of 1000000", attempts()[attempt - 1]["why"])
         assert why is not None, attempts()
         return why[1], int(why[2])
 
-    until(lambda: read_lines(tmp_path / "out/metrics.jsonl"), "it trains")
+    until(lambda: read_lines(tmp_path / "out/metrics.jsonl"), "it does not train")
     slurm("scontrol", "update", f"jobid={jobs['sft']}", "timelimit=2")
     signal, step = stopped(1)
     assert signal == "SIGUSR1"
     slurm("scontrol", "update", f"jobid={jobs['sft']}", "timelimit=30")
-    until(lambda: len(read_lines(tmp_path / "out/metrics.jsonl")) >= step + 3, "it goes on")
+    until(lambda: len(read_lines(tmp_path / "out/metrics.jsonl")) >= step + 3, "it does not go on")
     slurm("scancel", jobs["sft"])
     signal, last = stopped(2)
     assert signal == "SIGTERM" and last >= step + 3
@@ -224,7 +233,7 @@ def test_cancelled_stays_cancelled_and_a_failure_stops_the_chain(
     }
     jobs = submitted({"name": "ends", "resources": small, "stages": stages}, tmp_path / "run")
     wait_for(slurm, jobs["long"], "RUNNING")
-    until(Path("saver.txt").exists, "the saver runs")
+    until(Path("saver.txt").exists, "the saver does not run")
     slurm("scancel", jobs["long"])
     slurm("scancel", jobs["saver"])  # saves, exits 85, and is not brought back to life
     for name, expected in (
@@ -251,7 +260,7 @@ def test_half_a_chain_is_never_left_in_the_queue(
     }
     with pytest.raises(ClusterError, match=r"Requested node configuration is not available.*nothing is left"):
         submitted({"name": "half", "resources": small, "stages": stages}, tmp_path / "run")
-    until(lambda: not slurm("squeue", "-h", "-n", "half-first", "-t", "PD,R"), "the first stage is gone")
+    until(lambda: not slurm("squeue", "-h", "-n", "half-first", "-t", "PD,R"), "the first stage is not gone")
 
 
 def test_a_stage_that_never_gets_on_is_given_up(

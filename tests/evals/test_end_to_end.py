@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 
 from mambalign.cli import app
 from mambalign.evals.rule_judge import MODEL, Faults, RuleJudge, running
+from tests.waiting import PATIENCE, until
 
 JUDGE = f"{MODEL}@127.0.0.1"
 
@@ -410,11 +412,26 @@ def command(words: list[Any]) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def wait_for(server: RuleJudge, n: int) -> None:
-    end = time.monotonic() + 30
-    while len(server.judged) < n:
-        assert time.monotonic() < end, f"only {len(server.judged)} judged"
-        time.sleep(0.01)
+@contextmanager
+def held(server: RuleJudge, after: int) -> Iterator[Callable[[int], None]]:
+    """Within, the judge gives so many verdicts and no more; a function that waits until n further calls are under way.
+
+    They have been taken then, and each of the concurrent callers stored what it was told before.
+    """
+    probe, take, go = 1, server.take, threading.Event()
+
+    def wait(body: dict[str, Any]) -> int:
+        number = take(body)
+        if number > probe + after:
+            go.wait(PATIENCE)
+        return number
+
+    server.take = wait  # type: ignore[method-assign]
+    try:
+        yield lambda n: until(lambda: len(server.requests) == probe + after + n)
+    finally:
+        server.take = take  # type: ignore[method-assign]
+        go.set()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -423,18 +440,17 @@ def test_killed_midway_and_resumed_repeats_only_what_was_under_way(
 ) -> None:
     concurrency = 4
     file = small.outputs("mine", lambda i: f"Thing number {i}: " + "x " * i)
-    with running(Faults(delay=0.03)) as server:
+    with running() as server:
         words = judge_words(server, small, tmp_path, "--annotator", "alpaca_eval_gpt4", "--concurrency", concurrency)
-        with command(["alpaca", "judge", file, *words]) as process:
-            wait_for(server, 12)
+        with held(server, 12) as reached, command(["alpaca", "judge", file, *words]) as process:
+            reached(concurrency)
             process.send_signal(how)
             output = process.communicate()[0]
         assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), output
         if how == signal.SIGINT:
             assert "run the same command again" in output and "Traceback" not in output
         kept = rows(tmp_path / "replies/replies.jsonl") if how == signal.SIGINT else None
-        time.sleep(0.1)  # what was under way is answered, to nobody
-        server.faults = Faults()
+        until(lambda: len(server.judged) == 12 + concurrency)  # what was under way is answered, to nobody
         answered = len(server.judged)
         assert alpaca(server, small, tmp_path, file, "--annotator", "alpaca_eval_gpt4").exit_code == 0
         texts = [body["messages"][1]["content"] for body in server.judged]
@@ -447,10 +463,10 @@ def test_killed_midway_and_resumed_repeats_only_what_was_under_way(
 
 def test_two_commands_on_one_store_refuse_the_second(small: Small, tmp_path: Path) -> None:
     file = small.outputs("mine", lambda i: f"Thing number {i}: " + "x " * i)
-    with running(Faults(delay=0.1)) as server:
+    with running() as server:
         words = judge_words(server, small, tmp_path, "--annotator", "alpaca_eval_gpt4", "--concurrency", 2)
-        with command(["alpaca", "judge", file, *words]):
-            wait_for(server, 2)
+        with held(server, 2) as reached, command(["alpaca", "judge", file, *words]):
+            reached(2)
             second = alpaca(server, small, tmp_path, file, "--annotator", "alpaca_eval_gpt4")
     assert second.exit_code == 2 and "another process writes" in second.output
 
@@ -528,23 +544,19 @@ def test_the_real_benchmarks_against_both_judges(shared_data: Path, tmp_path: Pa
         assert row["user_prompt"] == published[row["question_id"], row["turn"]]["user_prompt"]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.shared("eval/mt_bench", "eval/published", "eval/fakejudge.py")
 def test_the_shared_fake_judge(shared_data: Path, tmp_path: Path) -> None:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = random.SystemRandom().randrange(10_000, 20_000)  # where the kernel takes none from, and our Slurm none
     script = shared_data / "eval/fakejudge.py"
     process = subprocess.Popen([sys.executable, str(script), str(port), "40"])
     try:
-        end = time.monotonic() + 20
-        while True:
-            try:
-                seen = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
-                break
-            except OSError:
-                assert time.monotonic() < end
-                time.sleep(0.05)
-        assert json.loads(seen)["n"] == 0
+        until(lambda: listens(port) or process.poll() is not None)
+        assert json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/").read())["n"] == 0
         answers = shared_data / "eval/published/mt_bench/stefanstud_phi3/model_answer/phi-3.jsonl"
         words = ("--judge-base-url", f"http://127.0.0.1:{port}/v1", "--judge-model", "gpt-4", "--concurrency", 8)
         words = (*words, "--data-dir", shared_data / "eval", "--out", tmp_path)

@@ -20,6 +20,7 @@ import uvicorn
 from mambalign.generation.requests import Delta, Request, TokenLogprob
 from mambalign.generation.server import Options, Server, Service, make_app
 from tests.train.conftest import byte_tokenizer
+from tests.waiting import PATIENCE, until
 
 ANSWER = "héllo wörld 🙂!"
 
@@ -76,7 +77,7 @@ class FakeEngine:
     def step(self) -> int:
         self.steps += 1
         if self.gate is not None:
-            assert self.gate.wait(30)
+            assert self.gate.wait(PATIENCE)
         if self.step_seconds:
             time.sleep(self.step_seconds)
         if self.steps == self.fail_at:
@@ -126,14 +127,9 @@ class Live:
     engine: Any
     server: Server
 
-    def free(self, seconds: float = 5.0) -> bool:
-        """Whether all slots are free again, in the server's books and in the engine."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.service.worker.idle and not getattr(self.engine, "running", None):
-                return True
-            time.sleep(0.01)
-        return False
+    def until_free(self) -> None:
+        """Wait until all slots are free again, in the server's books and in the engine."""
+        until(lambda: self.service.worker.idle and not getattr(self.engine, "running", None), "slots are still taken")
 
 
 @contextmanager
@@ -147,16 +143,15 @@ def running(engine: Any, tokenizer: Any = None, options: Options | None = None, 
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     port = listener.getsockname()[1]
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
+    until(lambda: server.started or not thread.is_alive())
+    assert server.started
     live = Live(f"http://127.0.0.1:{port}", port, app.state.service, engine, server)
     try:
         yield live
-        assert live.free(), "slots are still taken"
+        live.until_free()
     finally:
         server.should_exit = True
-        thread.join(15)
+        thread.join(PATIENCE)
         assert not thread.is_alive(), "the server does not end"
 
 
@@ -166,12 +161,17 @@ BYTES = len(ANSWER.encode())
 
 
 def client(live: Live, key: str = "any", **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{live.base}/v1", api_key=key, max_retries=0, timeout=20, **options)
+    return openai.OpenAI(base_url=f"{live.base}/v1", api_key=key, max_retries=0, timeout=PATIENCE, **options)
 
 
 def post(live: Live, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(live.base + path, content=raw, headers=headers, timeout=20)
+    return http(live, "POST", path, content=raw, headers=headers)
+
+
+def http(live: Live, method: str, path: str, **options: Any) -> httpx.Response:
+    """As `httpx.request`, which by itself gives a busy machine 5 seconds."""
+    return httpx.request(method, live.base + path, timeout=PATIENCE, **options)
 
 
 def refused(response: httpx.Response, status: int, code: str | None = None, param: str | None = None) -> str:
@@ -184,13 +184,6 @@ def refused(response: httpx.Response, status: int, code: str | None = None, para
 
 
 def metric(live: Live, name: str) -> float:
-    text = httpx.get(f"{live.base}/metrics").text
+    text = http(live, "GET", "/metrics").text
     found = re.search(rf"^{re.escape(name)} (\S+)$", text, flags=re.M)
     return float(found[1]) if found else 0.0
-
-
-def until(condition: Any, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.005)

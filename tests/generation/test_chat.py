@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mambalign.models.checkpoint import save_model
 from mambalign.recipe import UserError
 from tests.generation.serving import ANSWER, FakeEngine
 from tests.train.conftest import byte_tokenizer
+from tests.waiting import until
 
 SURE = Settings(temperature=0)
 GREEDY = Settings(temperature=0, max_new_tokens=24)
@@ -176,23 +176,22 @@ def test_control_sequences_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyP
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    fake = FakeEngine(answer="abc", endless=True, step_seconds=0.005)
+    fake, longest = FakeEngine(answer="abc", endless=True, step_seconds=0.01), 100_000  # a quarter of an hour
     sent = threading.Event()
 
     def interrupt() -> None:
-        while fake.steps < 3:
-            time.sleep(0.001)
+        until(lambda: fake.steps >= 3)
         os.kill(os.getpid(), signal.SIGINT)
         sent.set()
 
     threading.Thread(target=interrupt).start()
     before = signal.getsignal(signal.SIGINT)
     lines = "one\n/settings max_new_tokens=3\ntwo\n"
-    terminal, _, notes = at_terminal(monkeypatch, capsys, lines, fake, Settings(max_new_tokens=5000))
+    terminal, _, notes = at_terminal(monkeypatch, capsys, lines, fake, Settings(max_new_tokens=longest))
     assert sent.is_set() and signal.getsignal(signal.SIGINT) is before
     assert "(stopped)" in notes
     assert [turn["content"] for turn in terminal.talk.messages[::2]] == ["one", "two"]
-    assert len(terminal.talk.messages[1]["content"]) < 2000 and terminal.talk.messages[3]["content"] == "abc"
+    assert len(terminal.talk.messages[1]["content"]) < longest and terminal.talk.messages[3]["content"] == "abc"
     assert fake.running == {}
 
 

@@ -18,6 +18,7 @@ import websockets
 
 from mambalign.generation.gate import Rules
 from tests.generation.serving import ANSWER, FakeEngine, Live, running
+from tests.waiting import PATIENCE, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on PATH: the chat page is not tested")
@@ -36,14 +37,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     try:
         port = profile / "DevToolsActivePort"
-        end = time.monotonic() + 60
-        while not (port.exists() and port.read_text().count("\n")):
-            assert process.poll() is None and time.monotonic() < end, "Chromium does not start"
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or (port.exists() and port.read_text().count("\n")))
+        assert process.poll() is None, "Chromium does not start"
         yield f"http://127.0.0.1:{port.read_text().splitlines()[0]}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 class Page:
@@ -58,7 +57,7 @@ class Page:
         self.number += 1
         await self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
         while True:
-            message = json.loads(await asyncio.wait_for(self.socket.recv(), 20))
+            message = json.loads(await asyncio.wait_for(self.socket.recv(), PATIENCE))
             if message.get("id") == self.number:
                 assert "error" not in message, message
                 return message["result"]
@@ -77,8 +76,8 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def until(self, script: str, seconds: float = 15.0) -> None:
-        end = time.monotonic() + seconds
+    async def until(self, script: str) -> None:
+        end = time.monotonic() + PATIENCE
         while not await self.run(script):
             assert time.monotonic() < end, (script, await self.run("document.body.innerText"), self.problems)
             await asyncio.sleep(0.02)
@@ -166,7 +165,7 @@ def test_what_a_model_says_is_text_and_never_markup(browser: str) -> None:
 
 def test_stop_keeps_what_was_said_and_frees_the_slot(browser: str) -> None:
     engine = FakeEngine(answer="word ", endless=True, step_seconds=0.01)
-    with running(engine) as live:
+    with running(engine, max_new_tokens=100_000, max_tokens=200_000) as live:
 
         async def steps(page: Page) -> None:
             await page.say("talk")
@@ -176,7 +175,7 @@ def test_stop_keeps_what_was_said_and_frees_the_slot(browser: str) -> None:
             await page.until(IDLE)
             assert await page.run("document.getElementById('status').textContent") == "Stopped"
             assert "word word".startswith((await page.texts())[1][1][:9])
-            assert live.free()
+            live.until_free()
             await page.run("document.getElementById('max_tokens').value = 5")
             await page.say("again")
             await page.until(f"document.querySelectorAll('article.assistant').length === 2 && {IDLE}")

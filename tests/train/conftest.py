@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from mambalign.models import MambaForCausalLM
 from mambalign.models.checkpoint import save_model
 from mambalign.recipe import PAIR_STAGES, Recipe
 from mambalign.train.run import run
+from tests.train.leash import hold
+from tests.waiting import until
 
 WORDS = "red blue green dog cat bird runs sleeps eats the a big small yes no why because not very".split()
 # Nothing after the end of turn, so that a completion is the same tokens to every library.
@@ -114,34 +115,35 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not any(word in k for word in clocked)} for line in lines]
 
 
-def _child(stage: str, values: dict[str, Any]) -> None:
+def _child(stage: str, values: dict[str, Any], prepare: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     run(stage, Recipe.from_dict(values))
 
 
-def start(stage: str, recipe: Recipe) -> Any:
-    """The run in a process of its own."""
+def start(stage: str, recipe: Recipe, prepare: Callable[[], None] | None = None) -> Any:
+    """The run in a process of its own, behind `prepare`, a function of a module."""
     # A fork server: as quick as a fork, without the threads of the libraries this process has already used.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mambalign.train.run"])
-    child = context.Process(target=_child, args=(stage, recipe.to_dict()))
+    child = context.Process(target=_child, args=(stage, recipe.to_dict(), prepare))
     child.start()
     return child
 
 
-def killed_run(stage: str, recipe: Recipe, when: Callable[[Path], bool], deadline: float = 60.0) -> bool:
-    """Run in a process of its own and SIGKILL it as soon as `when(output_dir)` holds; False if it finished before."""
-    child = start(stage, recipe)
-    end = time.monotonic() + deadline
-    while child.is_alive():
-        if when(Path(str(recipe.output_dir))):
-            child.kill()
-            child.join()
-            return True
-        if time.monotonic() > end:
-            child.kill()
-            raise AssertionError("the run neither finished nor reached the point to kill it at")
-        time.sleep(0.001)
-    child.join()
-    assert child.exitcode == 0, f"the run failed by itself with exit code {child.exitcode}"
-    return False
+def held_at_the_last_step() -> None:
+    hold(lambda trainer: trainer.state.max_steps - 1)
+
+
+def killed_run(
+    stage: str, recipe: Recipe, when: Callable[[Path], bool], prepare: Callable[[], None] = held_at_the_last_step
+) -> None:
+    """Run in a process of its own, as far as `prepare` lets it, and SIGKILL it as soon as `when(output_dir)` holds."""
+    child = start(stage, recipe, prepare)
+    try:
+        until(lambda: when(Path(str(recipe.output_dir))) or not child.is_alive())
+        assert child.is_alive(), f"the run ended by itself with exit code {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()

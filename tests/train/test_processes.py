@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from mambalign.train.processes import FilledRows, FilledSampler, add_up
 from mambalign.train.run import run, training_arguments
 from mambalign.train.trainer import PackedTrainer
 from tests.train.conftest import history
+from tests.waiting import PATIENCE
 
 Make = Callable[..., Recipe]
 
@@ -39,7 +39,7 @@ def _rank(
     sabotage: Callable[[int], None] | None,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
     if rank == 1:  # one that is asked to stop is enough
         _stop_at(stop_at)
@@ -78,18 +78,16 @@ def _full_disk(rank: int) -> None:
 def on_two_processes(
     stage: str, recipe: Recipe, stop_at: int | None = None, sabotage: Callable[[int], None] | None = None
 ) -> None:
-    """As torchrun starts them, without its imports."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """As torchrun starts them, without its imports: they meet at a store of ours, whose port nobody can take before."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mambalign.train.run"])
     facts = stage, recipe.to_dict(), stop_at, sabotage
-    ranks = [context.Process(target=_rank, args=(rank, port, *facts)) for rank in (0, 1)]
+    ranks = [context.Process(target=_rank, args=(rank, store.port, *facts)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(PATIENCE)
         process.kill()
     assert [process.exitcode for process in ranks] == [0 if stop_at is None else EXIT_CODE] * 2
 
