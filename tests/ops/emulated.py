@@ -1,7 +1,9 @@
-"""The CUDA kernels without a GPU: the same source compiled as C++, a warp's lanes as fibers in lockstep.
+"""The CUDA kernels without a GPU: the same source compiled as C++, lanes as fibers.
 
-Slow and exact: it finds wrong arithmetic, indices, strides and lanes that part ways. What it cannot show is the
-compiler, most memory hazards between lanes, and speed; tests marked `gpu` run the real thing.
+Slow and exact: it finds wrong arithmetic, indices, strides and lanes that part ways. A lane runs as far as it can
+without the others of its warp, and a warp as far as it can without the others of its block, the first to the last or
+(`BACKWARDS`) the last to the first: what one writes and another reads with no barrier between differs in the two. What
+it cannot show is the compiler, hazards between blocks, and speed; tests marked `gpu` run the real thing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import pytest
 from mambalign.ops import cuda_conv, cuda_norm, cuda_scan, nvrtc
 
 COMPILER = shutil.which("g++")
+BACKWARDS = False  # which lane and warp comes first
 
 PRELUDE = r"""
 #include <cmath>
@@ -42,16 +45,17 @@ static int min(int a, int b) { return a < b ? a : b; }
 
 // A lane runs until it needs the others. All must get there: lanes that part ways are an error.
 static ucontext_t scheduler, lanes[1024];
-static bool done[1024];
+enum Waiting { RUNNING, AT_WARP, AT_BLOCK, DONE };
+static Waiting places[1024];
 static unsigned turns[1024];
 static float exchanged[2][1024];
-static void wait_for_others() {
+static void wait_for_others(Waiting place = AT_WARP) {
   const unsigned lane = threadIdx.x;
-  ++turns[lane];
+  ++turns[lane], places[lane] = place;
   swapcontext(&lanes[lane], &scheduler);
 }
 static void __syncwarp() { wait_for_others(); }
-static void __syncthreads() { wait_for_others(); }
+static void __syncthreads() { wait_for_others(AT_BLOCK); }
 static float from_lane_xor(float x, int mask) {
   const unsigned lane = threadIdx.x, side = turns[lane] & 1;
   exchanged[side][lane] = x;
@@ -96,26 +100,43 @@ static void (*kernel)(const Params);
 static Params params;
 static void lane_main() {
   kernel(params);
-  done[threadIdx.x] = true;
+  places[threadIdx.x] = DONE;
+}
+extern "C" int backwards = 0;
+// Lanes `first ... last` up to a barrier of their block, or their end; false where they part ways.
+static bool run_warp(int first, int last) {
+  do {
+    for (int i = first; i <= last; ++i) {
+      const int t = backwards ? first + last - i : i;
+      places[t] = RUNNING, threadIdx = {(unsigned)t, 0, 0};
+      swapcontext(&scheduler, &lanes[t]);
+    }
+    for (int t = first; t <= last; ++t)
+      if (places[t] != places[first] || turns[t] != turns[first]) return false;
+  } while (places[first] == AT_WARP);
+  return true;
 }
 extern "C" int launch(void (*what)(const Params), const Params* with, int gx, int gy, int threads) {
   static std::vector<char> stacks[1024];
   kernel = what, params = *with, blockDim = {(unsigned)threads, 1, 1}, gridDim = {(unsigned)gx, (unsigned)gy, 1};
+  const int warps = (threads + 31) / 32;
   for (int y = 0; y < gy; ++y)
     for (int x = 0; x < gx; ++x) {
       blockIdx = {(unsigned)x, (unsigned)y, 0};
       for (int t = 0; t < threads; ++t) {
-        stacks[t].resize(1 << 16), done[t] = false, turns[t] = 0;
+        stacks[t].resize(1 << 16), turns[t] = 0;
         getcontext(&lanes[t]);
         lanes[t].uc_stack.ss_sp = stacks[t].data(), lanes[t].uc_stack.ss_size = stacks[t].size();
         lanes[t].uc_link = &scheduler;
         makecontext(&lanes[t], lane_main, 0);
       }
-      for (bool going = true; going;) {
-        for (int t = 0; t < threads; ++t) threadIdx = {(unsigned)t, 0, 0}, swapcontext(&scheduler, &lanes[t]);
-        for (int t = 1; t < threads; ++t) if (done[t] != done[0] || turns[t] != turns[0]) return 1;
-        going = !done[0];
-      }
+      do {
+        for (int i = 0; i < warps; ++i) {
+          const int first = 32 * (backwards ? warps - 1 - i : i);
+          if (!run_warp(first, min(first + 31, threads - 1))) return 1;
+        }
+        for (int t = 0; t < threads; t += 32) if (places[t] != places[0]) return 1;
+      } while (places[0] != DONE);
     }
   return 0;
 }
@@ -139,6 +160,7 @@ class EmulatedModule:
         self._library = ctypes.CDLL(str(library))
 
     def launch(self, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any]) -> None:
+        ctypes.c_int.in_dll(self._library, "backwards").value = BACKWARDS
         params = nvrtc.pack(self.source, values)
         failed = self._library.launch(getattr(self._library, name), ctypes.byref(params), *grid, threads)
         assert not failed, f"{name}: the lanes of a warp parted ways at a barrier or a shuffle"

@@ -320,14 +320,23 @@ def test_logits_of_any_size_and_unknown_labels() -> None:
     assert logps[0] == -1e4 and abs(logps[1] + 1.0986123) < 1e-2 and logps[2].isnan()
 
 
-def test_results_repeat_bit_for_bit() -> None:
-    segments = Segments.from_lengths([40, 9, 9, 9, 30], [-1, 0, 0, 0, -1])
+def test_results_repeat_bit_for_bit_whichever_lane_and_warp_comes_first(
+    pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A barrier that is missing would let one read what another has not written yet, or has written over."""
+    segments = Segments.from_lengths([40, 70, 9, 9, 70], [-1, 0, 0, 1, -1])
     for op, inputs, options in (
-        (selective_scan, scan_inputs(97, 5, torch.bfloat16, D=64, N=16), {"delta_softplus": True}),
-        (causal_conv1d, conv_inputs(97, 5, torch.bfloat16, D=64), {"activation": "silu"}),
+        (selective_scan, scan_inputs(198, 5, torch.bfloat16, D=64, N=16), {"delta_softplus": True}),
+        (selective_scan, scan_inputs(198, 5, torch.float32, D=96, N=16), {"delta_softplus": True}),
+        (selective_scan, scan_inputs(198, 5, torch.float32, D=40, N=3), {"delta_softplus": True}),
+        (causal_conv1d, conv_inputs(198, 5, torch.bfloat16, D=64), {"activation": "silu"}),
     ):
-        runs = [outputs_and_gradients(op, inputs, segments=segments, backend="cuda", **options) for _ in range(2)]
-        assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+        runs = []
+        for backwards in (False, True, False):
+            monkeypatch.setattr(emulated, "BACKWARDS", backwards)
+            runs.append(outputs_and_gradients(op, inputs, segments=segments, backend="cuda", **options))
+        for run in runs:
+            assert [name for name in run if not torch.equal(run[name], runs[0][name])] == []
 
 
 @pytest.mark.parametrize(
