@@ -129,9 +129,14 @@ static inline Vec softplus(Vec x) {
   return 0.5f * (x + size) + 2.f * s * series;
 }
 
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
 // Half of two vectors that lie in groups of G numbers each: of every group its first half plus its second.
 #define HALVES(G, FIRST, SECOND) \
-  static inline Vec halved##G(Vec a, Vec b) { return __builtin_shufflevector(a, b, FIRST) + __builtin_shufflevector(a, b, SECOND); }
+  static inline Vec halved##G(Vec a, Vec b) { return PICK(a, b, FIRST) + PICK(a, b, SECOND); }
 #define LIST(...) __VA_ARGS__
 #if defined(__AVX512F__)
 HALVES(16, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23), LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
@@ -169,6 +174,13 @@ static inline float sum_of(Vec x) {
 
 // --------------------------------------------------------------------------------------------------------- products
 
+// x . w from where whole vectors end: one function, so that every sum has its rest in the same bits.
+static __attribute__((noinline)) float rest(const float* x, const weight* w, i64 from, i64 to) {
+  float sum = 0.f;
+  for (i64 i = from; i < to; ++i) sum += x[i] * widen(w[i]);
+  return sum;
+}
+
 // out[r, o] (+)= x[r] . w[o] + bias[o] for R rows and 4 K outputs. The order within a sum is that of every other tile.
 template <int R, int K>
 static inline void tile(const float* x, i64 x_stride, const weight* w, i64 inputs, const float* bias, bool add, float* out, i64 out_stride) {
@@ -193,16 +205,19 @@ static inline void tile(const float* x, i64 x_stride, const weight* w, i64 input
     Vec of[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) of[i] = at + i < COUNT ? sum[(at + i) / (4 * K) % R][(at + i) % (4 * K)] : Vec{};
-    const Vec total = sums(of);
-    for (int i = 0; i < L && at + i < COUNT; i += 4) {
+    Vec total = sums(of);
+    if (whole < inputs)
+      for (int i = 0; i < L && at + i < COUNT; ++i)
+        total[i] += rest(x + (at + i) / (4 * K) * x_stride, w + (at + i) % (4 * K) * inputs, whole, inputs);
+#pragma GCC unroll 4
+    for (int i = 0; i < L; i += 4) {
+      if (at + i >= COUNT) break;
       const int r = (at + i) / (4 * K), o = (at + i) % (4 * K);
       Four y;
       memcpy(&y, (const float*)&total + i, sizeof y);
-      for (int j = 0; j < 4; ++j)
-        for (i64 k = whole; k < inputs; ++k) y[j] += x[r * x_stride + k] * widen(w[(o + j) * inputs + k]);
-      float* to = out + r * out_stride + o;
+      Four* to = (Four*)(out + r * out_stride + o);
       if (bias) y += *(const Four*)(bias + o);
-      *(Four*)to = add ? *(Four*)to + y : y;
+      *to = add ? *to + y : y;
     }
   }
 }
@@ -210,11 +225,12 @@ static inline void tile(const float* x, i64 x_stride, const weight* w, i64 input
 // The same for one output: what is left over of a weight whose outputs are no multiple of 4.
 static void single(const float* x, i64 x_stride, i64 rows, const weight* w, i64 inputs, const float* bias, bool add, float* out, i64 out_stride) {
   for (i64 r = 0; r < rows; ++r) {
+    const float* row = x + r * x_stride;
     Vec sum = {};
     const i64 whole = inputs / L * L;
-    for (i64 i = 0; i < whole; i += L) sum += load(x + r * x_stride + i) * load(w + i);
+    for (i64 i = 0; i < whole; i += L) sum += load(row + i) * load(w + i);
     float y = sum_of(sum);
-    for (i64 i = whole; i < inputs; ++i) y += x[r * x_stride + i] * widen(w[i]);
+    if (whole < inputs) y += rest(row, w, whole, inputs);
     if (bias) y += *bias;
     out[r * out_stride] = add ? out[r * out_stride] + y : y;
   }
