@@ -9,7 +9,8 @@ Rates are differences between a short and a long answer, so reading the prompt d
 uneven answers (each length from an eighth to all, no order) mamba-ssm goes on until its longest answer is done, and the
 engine gives the slot to the next. The Transformer's steps are transformers' eager ones: at short contexts they are
 bound by the host, and the floor, not their time, is what a tuned engine would come near. The floor is the time to read
-the weights and the state or cache once, at the bandwidth of a copy: nobody goes below it.
+the weights and the state or cache once, at the bandwidth of a copy: nobody goes below it. Where a processor's cache
+could hold them all, there is none.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mambalign.recipe import UserError, nearest
 
 PROMPT = 16
 SHORT = 4  # tokens of the short answer
+CACHE = 2**27  # bytes: no processor's cache holds as many
 ROUNDS = 16  # uneven answers for each slot: fewer, and slots that run empty at the end would decide
 NEAR_TIE = 0.15  # standard deviations of the logits; a token chosen blindly lies about four below the highest
 Prompts = Sequence[tuple[int, ...]]
@@ -321,7 +323,8 @@ def behind(options: Options, length: int, model: Any, other: Any, bytes_a_second
     for who, found in differences(runs, options.tokens, options.repeats).items():
         row: Row = {"case": "context", "context": length, "who": who, "state_mib": held[who] / 2**20}
         row |= {f"ms_per_token{key}": ms / options.tokens for key, ms in _times(who, found).items()}
-        rows.append(row | {"floor_ms": 1e3 * (weights[who] + held[who]) / bytes_a_second})
+        read = weights[who] + held[who]
+        rows.append(row | {"floor_ms": 1e3 * read / bytes_a_second if read > CACHE else None})
         say(
             f"behind {length:>7,} tokens {who:>12}: {row['ms_per_token']:.3f} ms a token, "
             f"{row['state_mib']:,.1f} MiB of {'state' if who == OURS else 'cache'}"
