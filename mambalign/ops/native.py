@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +24,14 @@ from mambalign.ops.nvrtc import CACHE
 logger = logging.getLogger("mambalign")
 
 COMPILERS = ("c++", "g++", "clang++")  # CXX in the environment comes before them
-OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+# "For this processor" is another word on Arm.
+OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",
+    "-shared",
+    "-fPIC",
+)
 SECONDS = 120
 
 
