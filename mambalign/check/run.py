@@ -262,9 +262,10 @@ def _plan(
             "per_device_train_batch_size",
             f"a pass may take {planned.parts['device'] / 1e9:.1f} GB of the {card.memory / 1e9:g} GB of {card.name}",
         )
-    best = propose(shape, recipe, stage, card, gpus, report.rows)
+    best = propose(shape, recipe, stage, card, gpus, report.rows, devices)
     if best is None:
-        why, total = "nothing with these rows a step fits; try QLoRA or a shorter max_length", step_rows(recipe)
+        why = "nothing with these rows a step fits; try QLoRA or a shorter max_length"
+        total = step_rows(recipe, devices)
         if gpus is not None and total % gpus:
             why = f"{total} rows a step are no multiple of {gpus} GPUs; set global_batch_size to one, or change --gpus"
         report.sections["proposal"] = {"none": why}
