@@ -320,6 +320,13 @@ def test_devices_change_the_accumulation_not_the_batch(tiny: Path) -> None:
         (["--output_dir", "data/tiny/sft/train.jsonl"], "output_dir", "is a file", "error"),
         (["--max_steps", "5", "--save_steps", "100"], "save_steps", "would start anew", "warning"),
         (["--output_dir", "x", "--tokenizer_name_or_path", "./nope"], "chat_template", "nope", "error"),
+        (["--optim", "adamw"], "recipe", "adamw is not a valid", "error"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "recipe", "num_decay_steps", "error"),
+        (["--report_to", "comet"], "recipe", "comet is not supported", "error"),
+        (["--load_best_model_at_end", "--eval_steps", "3"], "recipe", "multiple of the evaluation steps", "error"),
+        (["--chat_template", "chatml", "--use_peft"], "chat_template", "rows nothing trains", "error"),
+        (["--max_tokens_per_device", "20"], "max_tokens_per_device", "is too small for a train row", "error"),
+        (["--max_train_samples", "1", "--dataloader_drop_last"], "dataloader_drop_last", "do not fill", "error"),
     ],
 )
 def test_what_is_wrong_with_files_and_data_is_found(
@@ -328,6 +335,12 @@ def test_what_is_wrong_with_files_and_data_is_found(
     report = check(TINY_SFT, words)
     assert found(report, key, message, level), report.findings
     assert report.usable == (level == "warning")
+
+
+def test_what_only_the_other_machine_has_is_no_mistake(tiny: Path) -> None:
+    words = ["--use_cpu", "false", "--bf16", "--tf32", "true", "--ddp_backend", "nccl", "--global_batch_size", "32"]
+    words += ["--gradient_accumulation_steps", "2"]
+    assert check(TINY_SFT, words, devices=8).usable
 
 
 def test_one_error_does_not_hide_the_next(tiny: Path) -> None:
