@@ -545,6 +545,8 @@ class PackedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not sharding.is_sharded(self.model) or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.is_deepspeed_enabled:
+                checkpoints.restore_state_types(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
             return
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
         sharding.load_whole_state(self.optimizer, state)
