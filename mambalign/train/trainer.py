@@ -564,6 +564,11 @@ class PackedTrainer(Trainer):
         else:
             self.adapters.restore(Path(resume_from_checkpoint))
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # What no log line has taken in yet is the loss of this process's rows alone; `train_loss` is of all.
+        self._tr_loss: Tensor = self.accelerator.gather(self._tr_loss).mean()
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if not best.is_dir():
