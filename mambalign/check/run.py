@@ -16,7 +16,7 @@ from mambalign.check.mistakes import Finding, known_mistakes
 from mambalign.check.plan import Rows, described, plan, propose, step_rows, words
 from mambalign.check.shapes import ModelShape
 from mambalign.check.speed import Card, card_here, card_named
-from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe
+from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe, nearest
 
 SAMPLE = 1000
 BITSANDBYTES = "pip install 'mambalign[quantization]'"
@@ -161,6 +161,8 @@ def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int, on_car
     if stage == "reward":
         shape = replace(shape, tied=True)  # the language head goes
     _check_head(report, config, name, stage)
+    if recipe.use_peft:
+        _check_adapted(report, recipe, shape)
     shape = replace(shape, kernels=on_card or _runs_kernels(recipe, shape))
     parts = estimate(shape, recipe, stage, devices)
     report.sections["model"] = {
@@ -193,6 +195,22 @@ def _check_head(report: CheckReport, config: dict[str, Any], name: str, stage: s
         report.sections["reward_head"] = {"start": "new, from the seed" if is_new else f"the trained one of {name}"}
     elif is_reward_config(config):
         report.fail("model_name_or_path", f"{name} is a reward model: it scores answers and cannot be trained to write")
+
+
+def _check_adapted(report: CheckReport, recipe: Recipe, shape: ModelShape) -> None:
+    """Names of modules and parameters that no model of this family has; a run finds out when the weights are loaded."""
+    of_mamba_1 = {"x_proj", "dt_proj"}
+    first = shape.scan == ModelShape.scan
+    parts = {"backbone", "layers", "mixer", "embeddings", "lm_head", "norm", "norm_f", "in_proj", "out_proj", "conv1d"}
+    parts |= {"A_log", "D", "weight", "bias"} | (of_mamba_1 if first else {"dt_bias"})
+    for name in recipe.lora_target_modules or ():
+        if not first and name.split(".")[-1] in of_mamba_1:
+            report.fail("lora_target_modules", f"{name}: a Mamba-2 has in_proj and out_proj alone")
+    for name in recipe.lora_modules_to_save or ():
+        unknown = [part for part in name.split(".") if part not in parts and not part.isdigit()]
+        if unknown:
+            hint = nearest(unknown[0], parts)
+            report.fail("lora_modules_to_save", f"{name}: no module or parameter of this model{hint}")
 
 
 def _gb(size: float) -> float:
