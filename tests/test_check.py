@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from mambalign.check import CheckReport, ModelShape, check, estimate, known_mistakes
 from mambalign.check.memory import tokens_per_forward
 from mambalign.cli import app
+from mambalign.models import Mamba2ForCausalLM
 from mambalign.models.checkpoint import load_model, load_tokenizer, save_model
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import PAIR_STAGES, Recipe, UserError
@@ -320,6 +322,14 @@ def test_devices_change_the_accumulation_not_the_batch(tiny: Path) -> None:
         (["--output_dir", "data/tiny/sft/train.jsonl"], "output_dir", "is a file", "error"),
         (["--max_steps", "5", "--save_steps", "100"], "save_steps", "would start anew", "warning"),
         (["--output_dir", "x", "--tokenizer_name_or_path", "./nope"], "chat_template", "nope", "error"),
+        (["--optim", "adamw"], "recipe", "adamw is not a valid", "error"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "recipe", "num_decay_steps", "error"),
+        (["--report_to", "comet"], "recipe", "comet is not supported", "error"),
+        (["--load_best_model_at_end", "--eval_steps", "3"], "recipe", "multiple of the evaluation steps", "error"),
+        (["--chat_template", "chatml", "--use_peft"], "chat_template", "rows nothing trains", "error"),
+        (["--use_peft", "--lora_modules_to_save", "conv1"], "lora_modules_to_save", "did you mean 'conv1d'", "error"),
+        (["--max_tokens_per_device", "20"], "max_tokens_per_device", "is too small for a train row", "error"),
+        (["--max_train_samples", "1", "--dataloader_drop_last"], "dataloader_drop_last", "do not fill", "error"),
     ],
 )
 def test_what_is_wrong_with_files_and_data_is_found(
@@ -328,6 +338,25 @@ def test_what_is_wrong_with_files_and_data_is_found(
     report = check(TINY_SFT, words)
     assert found(report, key, message, level), report.findings
     assert report.usable == (level == "warning")
+
+
+def test_modules_are_those_of_the_family(tiny: Path, tmp_path: Path) -> None:
+    config = transformers.Mamba2Config(
+        vocab_size=264, hidden_size=16, num_hidden_layers=1, state_size=4, num_heads=4, head_dim=8, n_groups=1
+    )
+    save_model(Mamba2ForCausalLM(config), tmp_path / "mamba2", tokenizer=load_tokenizer("data/tiny/base"))
+    words = ["--model_name_or_path", str(tmp_path / "mamba2"), "--use_peft", "--lora_modules_to_save", "dt_bias,norm_f"]
+    assert not found(check(TINY_SFT, words), "lora_modules_to_save", "", "error")
+    words += ["--lora_target_modules", "x_proj,in_proj", "--lora_modules_to_save", "dt_proj.bias"]
+    report = check(TINY_SFT, words)
+    assert found(report, "lora_target_modules", "x_proj: a Mamba-2 has", "error")
+    assert found(report, "lora_modules_to_save", "dt_proj.bias", "error")
+
+
+def test_what_only_the_other_machine_has_is_no_mistake(tiny: Path) -> None:
+    words = ["--use_cpu", "false", "--bf16", "--tf32", "true", "--ddp_backend", "nccl", "--global_batch_size", "32"]
+    words += ["--gradient_accumulation_steps", "2"]
+    assert check(TINY_SFT, words, devices=8).usable
 
 
 def test_one_error_does_not_hide_the_next(tiny: Path) -> None:

@@ -112,7 +112,13 @@ def plan(
 
 
 def propose(
-    shape: ModelShape, recipe: Recipe, stage: str, card: Card, gpus: int | None = None, rows: Rows | None = None
+    shape: ModelShape,
+    recipe: Recipe,
+    stage: str,
+    card: Card,
+    gpus: int | None = None,
+    rows: Rows | None = None,
+    devices: int = 1,
 ) -> Plan | None:
     """The fastest plan that fits and takes the same rows a step; None where none fits.
 
@@ -121,7 +127,9 @@ def propose(
     Args:
         gpus: how many there are; None: as few as it takes, of 1, 2, 4 and 8.
         rows: as for `plan`.
+        devices: of the run as it stands, which decide its rows a step where the recipe has no global_batch_size.
     """
+    recipe = replace(recipe, global_batch_size=step_rows(recipe, devices), gradient_accumulation_steps=None)
     for count in COUNTS if gpus is None else (gpus,):
         plans = [plan(shape, choice, stage, card, count, rows) for choice in _choices(recipe, stage, count)]
         fitting = [p for p in plans if p.parts["device"] <= (1 - MARGIN) * card.memory]
@@ -149,17 +157,18 @@ def _of(p: Plan) -> dict[str, float]:
     return p.seconds
 
 
-def step_rows(recipe: Recipe) -> int:
+def step_rows(recipe: Recipe, devices: int = 1) -> int:
     """Rows (pairs) of a step, which a proposal keeps."""
-    return recipe.global_batch_size or recipe.per_device_train_batch_size * recipe.accumulation_steps()
+    each = recipe.per_device_train_batch_size * (recipe.gradient_accumulation_steps or 1)
+    return recipe.global_batch_size or each * devices
 
 
 def _choices(recipe: Recipe, stage: str, devices: int) -> Iterator[Recipe]:
     """Recipes of the same rows a step."""
-    total = step_rows(recipe)
-    if total % devices:
+    assert recipe.global_batch_size is not None
+    if recipe.global_batch_size % devices:
         return
-    each = total // devices
+    each = recipe.global_batch_size // devices
     bound = tokens_per_forward(recipe, stage) if recipe.max_tokens_per_device else None
     shards: list[str | None] = [None]
     if devices > 1 and not (recipe.load_in_4bit or recipe.load_in_8bit or recipe.fp16 or recipe.deepspeed):
@@ -170,8 +179,6 @@ def _choices(recipe: Recipe, stage: str, devices: int) -> Iterator[Recipe]:
                 yield replace(
                     recipe,
                     per_device_train_batch_size=batch,
-                    gradient_accumulation_steps=None,
-                    global_batch_size=total,
                     gradient_checkpointing=policy,
                     max_tokens_per_device=bound,
                     fsdp=fsdp,
@@ -205,8 +212,10 @@ def words(p: Plan, recipe: Recipe) -> str:
     """The words of a command line that make `recipe` the plan's; "" where they are the same."""
     names = ("per_device_train_batch_size", "gradient_checkpointing", "fsdp")
     changed = {name: getattr(p.recipe, name) for name in names if getattr(p.recipe, name) != getattr(recipe, name)}
-    if recipe.global_batch_size is None and (changed or p.devices > 1):
-        changed["gradient_accumulation_steps"] = p.recipe.accumulation_steps(p.devices)
+    given, wanted = recipe.gradient_accumulation_steps, p.recipe.accumulation_steps(p.devices)
+    follows = recipe.global_batch_size is not None and given is None
+    if not follows and wanted != (given or 1):
+        changed["gradient_accumulation_steps"] = wanted
     return " ".join(f"--{name} {'null' if value is None else str(value).lower()}" for name, value in changed.items())
 
 

@@ -16,7 +16,7 @@ from mambalign.check.mistakes import Finding, known_mistakes
 from mambalign.check.plan import Rows, described, plan, propose, step_rows, words
 from mambalign.check.shapes import ModelShape
 from mambalign.check.speed import Card, card_here, card_named
-from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe
+from mambalign.recipe import PAIR_STAGES, STAGES, Recipe, UserError, load_recipe, nearest
 
 SAMPLE = 1000
 BITSANDBYTES = "pip install 'mambalign[quantization]'"
@@ -101,6 +101,8 @@ def check(
         shape = _model(report, recipe, stage, devices, on_card=card is not None)
     with report.step("load_in_4bit"):
         _bitsandbytes(recipe)
+    with report.step("recipe"):
+        _arguments(recipe)
     with report.step("backend"):
         report.sections["backends"] = _backends(recipe, shape)
     report.findings += known_mistakes(recipe, stage)
@@ -159,6 +161,8 @@ def _model(report: CheckReport, recipe: Recipe, stage: str, devices: int, on_car
     if stage == "reward":
         shape = replace(shape, tied=True)  # the language head goes
     _check_head(report, config, name, stage)
+    if recipe.use_peft:
+        _check_adapted(report, recipe, shape)
     shape = replace(shape, kernels=on_card or _runs_kernels(recipe, shape))
     parts = estimate(shape, recipe, stage, devices)
     report.sections["model"] = {
@@ -191,6 +195,22 @@ def _check_head(report: CheckReport, config: dict[str, Any], name: str, stage: s
         report.sections["reward_head"] = {"start": "new, from the seed" if is_new else f"the trained one of {name}"}
     elif is_reward_config(config):
         report.fail("model_name_or_path", f"{name} is a reward model: it scores answers and cannot be trained to write")
+
+
+def _check_adapted(report: CheckReport, recipe: Recipe, shape: ModelShape) -> None:
+    """Names of modules and parameters that no model of this family has; a run finds out when the weights are loaded."""
+    of_mamba_1 = {"x_proj", "dt_proj"}
+    first = shape.scan == ModelShape.scan
+    parts = {"backbone", "layers", "mixer", "embeddings", "lm_head", "norm", "norm_f", "in_proj", "out_proj", "conv1d"}
+    parts |= {"A_log", "D", "weight", "bias"} | (of_mamba_1 if first else {"dt_bias"})
+    for name in recipe.lora_target_modules or ():
+        if not first and name.split(".")[-1] in of_mamba_1:
+            report.fail("lora_target_modules", f"{name}: a Mamba-2 has in_proj and out_proj alone")
+    for name in recipe.lora_modules_to_save or ():
+        unknown = [part for part in name.split(".") if part not in parts and not part.isdigit()]
+        if unknown:
+            hint = nearest(unknown[0], parts)
+            report.fail("lora_modules_to_save", f"{name}: no module or parameter of this model{hint}")
 
 
 def _gb(size: float) -> float:
@@ -227,9 +247,18 @@ def _chosen(recipe: Recipe, shape: ModelShape | None) -> dict[str, tuple[str, st
 
 def _bitsandbytes(recipe: Recipe) -> None:
     keys = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(recipe, key)]
-    keys += ["optim"] if "8bit" in recipe.optim or "paged" in recipe.optim else []
     if keys and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"{', '.join(keys)}: needs bitsandbytes, which is not installed: {BITSANDBYTES}")
+
+
+def _arguments(recipe: Recipe) -> None:
+    """What transformers would refuse: schedule, optimizer, loggers, and values that do not go together."""
+    from mambalign.train.run import training_arguments
+
+    # The batch is `_arithmetic`'s, for any number of devices; precision and processes are the other machine's.
+    alone = replace(recipe, global_batch_size=None, gradient_accumulation_steps=None, use_cpu=True, bf16=False)
+    alone = replace(alone, fp16=False, tf32=None, ddp_backend=None, deepspeed=None)
+    training_arguments(alone, Path(str(recipe.output_dir)).expanduser())
 
 
 def _device_memory(recipe: Recipe) -> int | None:
@@ -262,9 +291,10 @@ def _plan(
             "per_device_train_batch_size",
             f"a pass may take {planned.parts['device'] / 1e9:.1f} GB of the {card.memory / 1e9:g} GB of {card.name}",
         )
-    best = propose(shape, recipe, stage, card, gpus, report.rows)
+    best = propose(shape, recipe, stage, card, gpus, report.rows, devices)
     if best is None:
-        why, total = "nothing with these rows a step fits; try QLoRA or a shorter max_length", step_rows(recipe)
+        why = "nothing with these rows a step fits; try QLoRA or a shorter max_length"
+        total = step_rows(recipe, devices)
         if gpus is not None and total % gpus:
             why = f"{total} rows a step are no multiple of {gpus} GPUs; set global_batch_size to one, or change --gpus"
         report.sections["proposal"] = {"none": why}
@@ -305,6 +335,8 @@ def _tokenizer(report: CheckReport, recipe: Recipe, stage: str, shape: ModelShap
         section["template"] = recipe.chat_template or "the tokenizer's own"
         section["end_of_turn"] = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
         section["tokens_added"] = len(tokenizer) - before
+        if len(tokenizer) > before:
+            _check_new_rows(report, recipe, shape)
     report.sections["tokenizer"] = section
     if shape is not None and before > shape.vocab:
         report.warn(
@@ -314,6 +346,22 @@ def _tokenizer(report: CheckReport, recipe: Recipe, stage: str, shape: ModelShap
     elif shape is not None and len(tokenizer) > shape.vocab:
         section["embedding_grows_to"] = math.ceil(len(tokenizer) / 8) * 8
     return tokenizer
+
+
+def _check_new_rows(report: CheckReport, recipe: Recipe, shape: ModelShape | None) -> None:
+    """Adapters train no row of a new token, unless the recipe says so (`Adapters.keep_new_rows` refuses the run)."""
+    if not recipe.use_peft or shape is None:
+        return
+    whole = {name.split(".")[-1] for name in recipe.lora_modules_to_save or ()}
+    trained = whole | {name.split(".")[-1] for name in recipe.lora_target_modules or ()}
+    sides = {"embeddings", "lm_head"}
+    if not (sides <= trained or (shape.tied and sides & whole)):
+        report.fail(
+            "chat_template",
+            "it adds tokens whose rows nothing trains beside adapters; set lora_modules_to_save: "
+            f"[{'embeddings' if shape.tied else 'embeddings, lm_head'}], or take a template that needs no new tokens "
+            "(zephyr)",
+        )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -371,6 +419,9 @@ def _data(report: CheckReport, recipe: Recipe, stage: str, tokenizer: Any, kind:
     if not pairs:
         section["packed_rows"] = round(len(packed) * scale)
         section["packing_fill"] = round(packed.fill, 4)
+    longest, bound = max(packed.example_lengths), recipe.max_tokens_per_device
+    if bound is not None and longest > bound:
+        report.fail("max_tokens_per_device", f"{bound} is too small for a {kind} row of {longest} tokens; raise it")
     lengths = packed.lengths()
     section["tokens_per_row"] = round(sum(lengths) / len(packed), 1)
     if kind == "train":
@@ -440,7 +491,10 @@ def _arithmetic(report: CheckReport, recipe: Recipe, stage: str, rows: int | Non
         "epochs": round(steps / per_epoch, 2),
         "warmup_steps": math.ceil(warmup * steps) if warmup < 1 else int(warmup),
     }
-    if rows < batch:
+    round_of_devices = recipe.per_device_train_batch_size * devices
+    if recipe.dataloader_drop_last and rows < round_of_devices:
+        report.fail("dataloader_drop_last", f"{rows} {unit} do not fill a batch of {round_of_devices}, so none is read")
+    elif rows < batch:
         report.warn("global_batch_size", f"a step asks for {batch} {unit} and an epoch has {rows}; a step sees no more")
     elif steps < 10:
         report.warn("num_train_epochs", f"the run has {steps} steps in all; a schedule needs some dozens")
@@ -450,8 +504,6 @@ def _arithmetic(report: CheckReport, recipe: Recipe, stage: str, rows: int | Non
         report.warn(
             "save_steps", f"{recipe.save_steps:g} is more than the run's {steps} steps: a stopped run would start anew"
         )
-    if recipe.load_best_model_at_end and recipe.save_strategy != recipe.eval_strategy:
-        report.fail("load_best_model_at_end", "save_strategy and eval_strategy must be the same")
 
 
 def _output(report: CheckReport, recipe: Recipe, shape: ModelShape | None) -> None:

@@ -131,12 +131,16 @@ def check_rows(source: Path, added: Sequence[str], read: Callable[[dict[str, Any
 
 def model_fingerprint(path: str) -> str:
     """Which model a folder holds: its config's content, and name, size and time of every weight file (not content:
-    that would take minutes of a large one). A hub id stands for itself."""
+    that would take minutes of a large one); of an adapter, those of its base model too. A hub id stands for itself."""
     if not files.is_local(path):
         return path
     folder = files.resolve_folder(path)
-    digest = hashlib.sha256((folder / files.CONFIG).read_bytes())
-    for file in files.weight_files(folder):
+    adapter = files.is_adapter(folder)
+    config = folder / (files.ADAPTER_CONFIG if adapter else files.CONFIG)
+    digest = hashlib.sha256(config.read_bytes())
+    if adapter:
+        digest.update(model_fingerprint(str(files.read_json(config).get("base_model_name_or_path"))).encode())
+    for file in [folder / files.ADAPTER_WEIGHTS] if adapter else files.weight_files(folder):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()

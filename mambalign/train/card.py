@@ -93,7 +93,8 @@ tokenizer = load_tokenizer("{name}")
 model = load_model("{name}", head="reward")
 chat = [{{"role": "user", "content": "Hello?"}}, {{"role": "assistant", "content": "Hello!"}}]
 text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()  # ends with the end-of-turn token, as trained
-reward = model(tokenizer(text, return_tensors="pt").input_ids).logits.item()"""
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids  # the template wrote them all
+reward = model(ids).logits.item()"""
     text = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from mambalign.support import sha256_file, write_json
 
@@ -116,6 +118,20 @@ def newest_complete(run: Path) -> Path | None:
             return path
         logger.warning("skipping %s: it %s", path, problem)
     return None
+
+
+def restore_state_types(optimizer: Any, file: Path) -> None:
+    """Put back what torch's `load_state_dict` has rounded: it casts a state's numbers to the type of their parameter,
+    and Adafactor keeps fp32 ones for 16-bit weights."""
+    if not file.is_file():
+        return
+    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["state"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in saved.items():
+        held = optimizer.state[parameters[number]]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dtype != held[name].dtype:
+                held[name] = value.to(held[name].device, copy=True)
 
 
 def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:

@@ -61,6 +61,13 @@ def most(mine: int) -> int:
     return int(count)
 
 
+def leave() -> None:
+    """Ends this process's part in the run. Without it a process of gloo's may abort when it exits ("terminate called
+    without an active exception"), and torchrun then kills the first one, which may still be writing the model."""
+    if torch.distributed.is_initialized() and "gloo" in torch.distributed.get_backend():
+        torch.distributed.destroy_process_group()
+
+
 def placeholder() -> PackedBatch:
     """The smallest batch that passes through every parameter: for a process that has no rows where others have."""
     return collate_sequences([{"input_ids": [0, 0], "loss_mask": [0, 1], "index": 0}])

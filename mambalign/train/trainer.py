@@ -545,6 +545,8 @@ class PackedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not sharding.is_sharded(self.model) or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.is_deepspeed_enabled:
+                checkpoints.restore_state_types(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
             return
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
         sharding.load_whole_state(self.optimizer, state)
@@ -561,6 +563,11 @@ class PackedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.adapters.restore(Path(resume_from_checkpoint))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # What no log line has taken in yet is the loss of this process's rows alone; `train_loss` is of all.
+        self._tr_loss: Tensor = self.accelerator.gather(self._tr_loss).mean()
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

@@ -19,6 +19,7 @@ from mambalign.check.plan import Plan, Rows, described, plan, propose, words
 from mambalign.check.shapes import ModelShape
 from mambalign.check.speed import CARDS, ERROR, H200, RATES, Card, card_here, card_named, times
 from mambalign.recipe import Recipe, UserError
+from mambalign.recipe.values import split_overrides
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -246,6 +247,23 @@ def test_a_proposal_in_words() -> None:
     assert "--fsdp null" in words(
         replace(best, recipe=replace(best.recipe, fsdp=None)), replace(recipe, fsdp="full_shard")
     )
+
+
+@pytest.mark.parametrize("keys", [(), ("accumulation",), ("global",), ("accumulation", "global")])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_words_of_a_proposal_make_it(keys: tuple[str, ...], devices: int) -> None:
+    given: dict[str, Any] = {"bf16": True, "per_device_train_batch_size": 4}
+    given |= {"gradient_accumulation_steps": 4} if "accumulation" in keys else {}
+    given |= {"global_batch_size": 16 * devices} if "global" in keys else {}  # both agree here, as they must
+    recipe = Recipe(**given)
+    for gpus in (1, 2, 4):
+        best = propose(shape_of("130m"), recipe, "sft", card_named("8gb"), gpus, devices=devices)
+        assert best is not None
+        made = Recipe(
+            **given | {name: value and value[0] for name, value in split_overrides(words(best, recipe).split())}
+        )
+        assert made.per_device_train_batch_size * made.accumulation_steps(gpus) * gpus == (16 if keys else 4) * devices
+        assert (made.gradient_checkpointing, made.fsdp) == (best.recipe.gradient_checkpointing, best.recipe.fsdp)
 
 
 def test_rows_bound_the_memory_and_give_the_time() -> None:

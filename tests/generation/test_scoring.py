@@ -247,6 +247,24 @@ def test_the_best_has_the_highest_score_and_prompts_do_not_depend_on_their_order
     assert [row["candidates"] for row in read(tmp_path / "back.out.jsonl")[::-1]] == [r["candidates"] for r in found]
 
 
+def test_the_policy_may_be_an_adapter(models: Path, tmp_path: Path) -> None:
+    from mambalign.models.adapters import AdapterOptions, attach
+
+    policy, folder = str(models / "policy"), tmp_path / "adapter"
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "why"}])
+
+    def choose(seed: int) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        attach(load_model(policy), AdapterOptions(r=2), seed=seed, base={"path": policy}).save(folder)
+        byte_tokenizer().save_pretrained(folder)
+        where = str(folder), str(models / "reward"), source, tmp_path / "out.jsonl"
+        return best_of_n(*where, Sampling(n=2, max_new_tokens=3), device="cpu")
+
+    assert choose(seed=0)["candidates"] == 2
+    with pytest.raises(UserError, match="another policy"):
+        choose(seed=1)
+
+
 def test_answers_that_would_all_be_the_same_are_refused(models: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "why"}])
     with pytest.raises(UserError, match="must be above 0; at 0"):

@@ -21,7 +21,7 @@ from mambalign.models import MambaForCausalLM
 from mambalign.recipe import Recipe, UserError
 from mambalign.train import sharding
 from mambalign.train.preemption import EXIT_CODE, Preempted
-from mambalign.train.processes import FilledRows, FilledSampler, add_up
+from mambalign.train.processes import FilledRows, FilledSampler, add_up, leave
 from mambalign.train.run import run, training_arguments
 from mambalign.train.trainer import PackedTrainer
 from tests.train.conftest import history
@@ -125,6 +125,40 @@ def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_
     (two / "checkpoint-8" / "manifest.json").unlink()
     on_two_processes(stage, shared)
     assert history(two) == before
+
+
+def _note_train_loss(rank: int) -> Any:
+    """transformers' summary, which is for the loggers alone, goes into the run folder too; returns what undoes it."""
+    real = PackedTrainer.log
+
+    def log(self: PackedTrainer, logs: dict[str, float], *args: Any) -> None:
+        if "train_loss" in logs and rank == 0:
+            (Path(str(self.args.output_dir)) / "train_loss").write_text(str(logs["train_loss"]))
+        real(self, logs, *args)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(PackedTrainer, "log", log)
+    return patch.undo
+
+
+def test_the_mean_loss_of_a_run_is_that_of_all_processes(recipe: Make, tmp_path: Path) -> None:
+    changes: dict[str, Any] = dict(
+        global_batch_size=2, gradient_accumulation_steps=None, per_device_train_batch_size=1, optim="sgd", max_steps=3,
+        logging_steps=100, packing=False, save_strategy="no",
+    )  # fmt: skip
+    undo = _note_train_loss(rank=0)
+    run("sft", recipe("sft", output_dir=str(tmp_path / "one"), **changes))
+    undo()
+    on_two_processes("sft", recipe("sft", output_dir=str(tmp_path / "two"), **changes), sabotage=_note_train_loss)
+    one, two = (float((tmp_path / name / "train_loss").read_text()) for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_a_process_leaves_its_group(tmp_path: Path) -> None:
+    leave()  # where there is none
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    leave()
+    assert not torch.distributed.is_initialized()
 
 
 SHARDED: dict[str, Any] = dict(

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 from mambalign.data.mixer import load_mix, tokenize_preferences
+from mambalign.generation.scoring import Scorer
 from mambalign.models import MambaForCausalLM
-from mambalign.models.checkpoint import load_model
+from mambalign.models.checkpoint import load_model, save_model
 from mambalign.models.reward import with_reward_head
 from mambalign.recipe import Recipe, UserError
 from mambalign.train.asking import sequence_rewards
@@ -137,6 +139,22 @@ def test_a_run_learns_and_its_model_scores(recipe: Make, caplog: pytest.LogCaptu
     exec(code, names)
     assert math.isfinite(names["reward"])
     assert "by length alone" in (result.output_dir / "curves.svg").read_text()
+
+
+def test_the_cards_reward_is_the_one_that_was_trained(recipe: Make, workbench: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()  # one that begins texts itself, beside a template that does
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    start = tmp_path / "start"
+    save_model(load_model(workbench / "model"), start, tokenizer=tokenizer)
+    folder = run("reward", recipe("reward", model_name_or_path=str(start), max_steps=1)).output_dir
+    names: dict[str, Any] = {}
+    exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    scorer = Scorer.load(str(folder), device="cpu")
+    scores = scorer.score([scorer.read(names["chat"][:1], [names["chat"][1]["content"]])])
+    assert names["reward"] == pytest.approx(scores[0][0], rel=1e-5)
 
 
 def test_a_reward_model_is_trained_on_and_nothing_else_starts_from_it(recipe: Make, tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_killed_at_any_step_and_resumed_is_unkilled(stage: str, recipe: Make, tm
     assert_same_run(tmp_path / "calm", folder)
 
 
+def test_an_optimizer_finer_than_the_weights_resumes_exactly(recipe: Make, tmp_path: Path) -> None:
+    def make(name: str) -> Recipe:
+        changes = dict(dtype="bfloat16", optim="adafactor", save_steps=3, max_steps=6, save_total_limit=None)
+        return recipe("sft", output_dir=str(tmp_path / name), **changes)
+
+    run("sft", make("calm"))
+    shutil.copytree(tmp_path / "calm", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-6")
+    (tmp_path / "killed" / "run.json").unlink()
+    assert run("sft", make("killed")).global_step == 6
+    assert_same_run(tmp_path / "calm", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("changes", [{}, {"eval_strategy": "epoch", "eval_on_start": True}])
 def test_killed_between_the_last_checkpoint_and_the_end(
     changes: dict[str, Any], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
