@@ -55,14 +55,7 @@ class NativeDecoder(Stepper):
         self.windows = torch.zeros(count, capacity, taps - 1, wide)
         self.states = torch.zeros(count, capacity, wide // BLOCK, states, BLOCK)
         self.logits = torch.zeros(capacity, head.shape[0])
-        sizes = {
-            "hidden": wide_hidden,
-            "normed": wide_hidden,
-            "u": wide,
-            "z": wide,
-            "y": wide,
-            "low": rank + 2 * states,
-        }
+        sizes = dict(hidden=wide_hidden, normed=wide_hidden, u=wide, z=wide, y=wide, low=rank + 2 * states)
         buffers = {name: self._address(torch.zeros(capacity, size)) for name, size in sizes.items()}
         layers = [self._layer(number, block) for number, block in enumerate(backbone.layers)]
         self._model = cpu_decode.Model(

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,8 +50,8 @@ def library(source: Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiler = _compiler()
     options = [*OPTIONS, *(f"-D{name}" for name in macros)]
     # What a compiler predefines says its version and what it knows of this processor.
-    known = _run([compiler, *OPTIONS[:3], "-dM", "-E", "-x", "c++", os.devnull])
-    digest = hashlib.sha256("\0".join((known, compiler, *options, source.read_text())).encode()).hexdigest()
+    known = _run([*compiler, *OPTIONS[:3], "-dM", "-E", "-x", "c++", os.devnull])
+    digest = hashlib.sha256("\0".join((known, *compiler, *options, source.read_text())).encode()).hexdigest()
     kept = CACHE / f"{source.stem}-{digest}.so"
     with contextlib.suppress(OSError):  # not there, or damaged
         return ctypes.CDLL(str(kept))
@@ -59,26 +60,26 @@ def library(source: Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL:
             made = Path(folder) / kept.name
             started = time.perf_counter()
             try:
-                _run([compiler, *options, "-fopenmp", str(source), "-o", str(made)])
+                _run([*compiler, *options, "-fopenmp", str(source), "-o", str(made)])
             except Unavailable:
-                _run([compiler, *options, str(source), "-o", str(made)])
-            logger.info("%s compiled by %s in %.1f s", source.name, compiler, time.perf_counter() - started)
+                _run([*compiler, *options, str(source), "-o", str(made)])
+            logger.info("%s compiled by %s in %.1f s", source.name, compiler[0], time.perf_counter() - started)
             if made.parent.parent != kept.parent:
                 return ctypes.CDLL(str(made))
             os.replace(made, kept)
         return ctypes.CDLL(str(kept))
     except OSError as error:
-        raise Unavailable(f"what {compiler} made of {source.name} cannot be loaded ({error})") from error
+        raise Unavailable(f"what {compiler[0]} made of {source.name} cannot be loaded ({error})") from error
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    found = next(filter(None, map(shutil.which, (named,) if named else COMPILERS)), None)
-    if found is None:
-        raise Unavailable(
-            f"CXX names {named}, which is not here" if named else f"none of {', '.join(COMPILERS)} is here"
-        )
-    return found
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    raise Unavailable(
+        f"CXX names {named[0]}, which is not here" if named else f"none of {', '.join(COMPILERS)} is here"
+    )
 
 
 def _run(command: list[str]) -> str:

@@ -134,7 +134,7 @@ def test_what_is_no_number_is_not_hidden(damaged: str) -> None:
     ("compiler", "says"),
     [
         ("", "none of no-such-compiler is here"),
-        ("no-such-compiler", "CXX names no-such-compiler, which is not here"),
+        ("no-such-compiler -m64", "CXX names no-such-compiler, which is not here"),
         ("broken", "does not compile it"),
     ],
 )
@@ -162,6 +162,7 @@ def test_a_library_is_kept_and_one_that_cannot_be_kept_is_used(
     tmp_path: Path, compiled_anew: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = pair("mamba")[1]
+    compiled_anew.setenv("CXX", f"{native._compiler()[0]} -DAN_OPTION")
     compiled_anew.setattr(native, "CACHE", tmp_path / "kept")
     with caplog.at_level(logging.INFO, "mambalign"):
         expected = walked(NativeDecoder(model, 1), 1)
