@@ -35,6 +35,8 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 _MESSAGES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+# How other formats (OpenAI's, axolotl's) say of a message whether it is trained.
+MARKS = frozenset({"weight", "train", "training", "mask"})
 
 
 def load_mix(recipe: Recipe, split_kind: str) -> datasets.Dataset:
@@ -243,6 +245,11 @@ def _mend(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset
     unused = _other_keys(rows, name) if holds_messages else []
     if unused:
         logger.info("dataset %s: %s in the messages of %r is not used", source.name, ", ".join(unused), name)
+    if MARKS.intersection(unused):
+        logger.warning(
+            "dataset %s: every assistant message of %r is trained, whatever its %s says; leave out turns that are not "
+            "to be learnt", source.name, name, " or ".join(sorted(MARKS.intersection(unused))),
+        )  # fmt: skip
     features = rows.features.copy()
     features[name] = _MESSAGES if holds_messages else datasets.Value("string")
     function = _plain_messages if holds_messages else _plain_text

@@ -198,6 +198,20 @@ def test_sharegpt_and_extra_message_keys(
     assert all(set(message) == {"role", "content"} for messages in rows["messages"] for message in messages)
 
 
+def test_marks_of_what_is_not_to_be_trained_are_warned_of(
+    write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenAI's fine-tuning format: trained all the same, and not in silence."""
+    marked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]
+    extra = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "id": 4}]
+    mixer = {str(write_jsonl(f"{name}.jsonl", [{"messages": rows}])): 1.0
+             for name, rows in (("marked", marked), ("extra", extra))}  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="mambalign"):
+        load_mix(make_recipe(dataset_mixer=mixer), "train")
+    (warned,) = caplog.messages
+    assert "marked.jsonl: every assistant message of 'messages' is trained, whatever its weight says" in warned
+
+
 def test_conversations_as_structs_of_lists(write_jsonl: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
     """Of unequal lists nobody knows who said what: the row is empty, and tokenisation skips it."""
     roles = ["user", "assistant"]
