@@ -1,4 +1,5 @@
-"""What every layer may use, a login node's too: files that appear whole, and the name that was meant."""
+"""What every layer may use, a login node's too: files that appear whole, text that can be written, the name that was
+meant."""
 
 from __future__ import annotations
 
@@ -21,6 +22,11 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def encodable(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become question marks."""
+    return text.encode(errors="replace").decode()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from mambalign.evals.mt_bench import ERROR_ANSWER, Question, answer_row, fastcha
 from mambalign.generation.journal import Journal, progress
 from mambalign.generation.requests import Request, Sampling
 from mambalign.recipe import UserError
-from mambalign.support import write_text
+from mambalign.support import encodable, write_text
 
 Message = dict[str, str]
 
@@ -168,8 +168,7 @@ def _said(answer: Any) -> Said:
     if not isinstance(text, str):
         return Said(error="the reply has no content" if message else f"no chat completion: {str(answer)[:80]!r}")
     tokens = getattr(getattr(answer, "usage", None), "prompt_tokens", None)
-    # Half a surrogate pair, which JSON can spell, could neither be asked again nor written.
-    text = text.encode(errors="replace").decode().strip()
+    text = encodable(text).strip()  # it is asked again, and written
     return Said(text, None, tokens if isinstance(tokens, int) else None, getattr(choice, "finish_reason", None))
 
 

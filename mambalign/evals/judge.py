@@ -23,6 +23,7 @@ from mambalign.evals.endpoint import Again, Endpoint, NotAccepted, Refused, Repl
 from mambalign.evals.probe import Abilities, Messages, probe
 from mambalign.evals.store import ReplyStore, content_key
 from mambalign.recipe import UserError
+from mambalign.support import encodable
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class Judge:
         params = able.params(
             call.max_tokens, call.temperature, call.top_logprobs, reasoning_tokens=self.reasoning_tokens
         )
-        messages = able.messages([{name: _whole(text) for name, text in one.items()} for one in call.messages])
+        messages = able.messages([{name: encodable(text) for name, text in one.items()} for one in call.messages])
         key = content_key(
             endpoint=self.endpoint.base_url,
             model=self.endpoint.model,
@@ -374,11 +375,6 @@ def _why_no_verdict(call: Call, reply: Reply) -> str | None:
 def _worst(params: dict[str, Any], messages: Messages) -> tuple[int, int]:
     """Tokens (in, out) that a call may cost at most."""
     return most_tokens(messages), int(params.get("max_tokens") or params.get("max_completion_tokens") or NO_USAGE_OUT)
-
-
-def _whole(text: str) -> str:
-    """Halves of surrogate pairs, which JSON can spell and HTTP bodies cannot, become question marks."""
-    return text.encode(errors="replace").decode()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from mambalign.evals.mt_bench import Answer, Match
 from mambalign.evals.probe import Abilities
 from mambalign.evals.store import ReplyStore
 from mambalign.recipe import UserError, nearest
-from mambalign.support import write_text
+from mambalign.support import encodable, write_text
 
 MODES = ("single", "pairwise-baseline", "pairwise-all")
 
@@ -384,10 +384,10 @@ def judge_alpaca(comparisons: Sequence[Comparison], asking: Asking, out: Path, *
 
 
 def _folder_name(model: str) -> str:
-    name = re.sub(r"[/\x00-\x1f\x7f]", "-", model)
-    if not name.strip(". ") or len(name.encode(errors="replace")) > 200:
+    name = encodable(re.sub(r"[/\x00-\x1f\x7f]", "-", model))
+    if not name.strip(". ") or len(name.encode()) > 200:
         raise UserError(f"generator {model[:60]!r} cannot name the folder of its results; call the model otherwise")
-    return name.encode(errors="replace").decode()
+    return name
 
 
 def read_verdict(

@@ -23,6 +23,7 @@ from mambalign.evals.answers import rendered_file
 from mambalign.evals.mt_bench import ERROR_ANSWER, Answer, Question, load_answers
 from mambalign.evals.mt_bench_scores import Duplicates, Judgment, PairJudgment
 from mambalign.evals.rule_judge import MODEL as RULES
+from mambalign.support import encodable
 
 WORST = 10
 QUESTION_IDS = frozenset(range(81, 161))  # MT-Bench's
@@ -51,7 +52,7 @@ class Page:
             lstrip_blocks=True,
         )
         page = environment.get_template("report.html.j2").render(**vars(self))
-        return page.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        return encodable(page)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from mambalign.generation.conversation import Conversation
 from mambalign.generation.requests import FinishReason, Sampling
 from mambalign.recipe import UserError, nearest
+from mambalign.support import encodable
 
 # What a terminal obeys (C0, DEL, C1), and what turns the direction of text around; newline and tab are text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -143,7 +144,7 @@ class Terminal:
         Raises:
             UserError: the chat template refuses the conversation, which is as it was then.
         """
-        question = question.encode(errors="replace").decode()  # half surrogate pairs: an argument of no UTF-8
+        question = encodable(question)  # an argument may be no UTF-8
         reason: FinishReason | None = None
         before = len(self.talk.messages)
         answer: Any = self.talk.ask(self.engine, question, self.settings.sampling(self.attempt))
