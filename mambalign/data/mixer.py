@@ -245,10 +245,11 @@ def _mend(rows: datasets.Dataset, name: str, source: Source) -> datasets.Dataset
     unused = _other_keys(rows, name) if holds_messages else []
     if unused:
         logger.info("dataset %s: %s in the messages of %r is not used", source.name, ", ".join(unused), name)
-    if MARKS.intersection(unused):
+    marks = " or ".join(key for key in unused if key in MARKS)
+    if marks:
         logger.warning(
             "dataset %s: every assistant message of %r is trained, whatever its %s says; leave out turns that are not "
-            "to be learnt", source.name, name, " or ".join(sorted(MARKS.intersection(unused))),
+            "to be learnt", source.name, name, marks,
         )  # fmt: skip
     features = rows.features.copy()
     features[name] = _MESSAGES if holds_messages else datasets.Value("string")

@@ -60,8 +60,9 @@ class NativeDecoder(Stepper):
         layers = [self._layer(number, block) for number, block in enumerate(backbone.layers)]
         self._model = cpu_decode.Model(
             layers=(cpu_decode.Layer * count)(*layers), norm=self._floats(backbone.norm_f.weight),
-            embedding=self._address(self.embedding), head=self._product(model.lm_head), logits=self.logits.data_ptr(),
-            num_layers=count, hidden_size=hidden, wide_hidden=wide_hidden, channels=self.channels, wide=wide,
+            embedding=self._address(self.embedding), head=self._product(model.lm_head, head),
+            logits=self.logits.data_ptr(), num_layers=count, hidden_size=hidden, wide_hidden=wide_hidden,
+            channels=self.channels, wide=wide,
             states=states, taps=taps, rank=rank, vocabulary=head.shape[0], threads=_threads(mixer),
             eps=backbone.norm_f.variance_epsilon, low_eps=getattr(mixer, "rms_eps", -1.0), **buffers,
         )  # fmt: skip
@@ -79,9 +80,10 @@ class NativeDecoder(Stepper):
             window=self.windows[number].data_ptr(), state=self.states[number].data_ptr(),
         )  # fmt: skip
 
-    def _product(self, module: Any) -> cpu_decode.Product:
+    def _product(self, module: Any, weight: Tensor | None = None) -> cpu_decode.Product:
+        """weight: the module's effective one, where it is at hand: an adapter's takes a product to make."""
         bias = None if module.bias is None else self._address(module.bias.detach().float())
-        return cpu_decode.Product(w=self._address(effective_weight(module)), bias=bias)
+        return cpu_decode.Product(w=self._address(effective_weight(module) if weight is None else weight), bias=bias)
 
     def _floats(self, value: Tensor | None) -> int:
         """fp32, its last axis padded; zeros for None, a bias of channels that is not there."""
