@@ -440,8 +440,9 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       if (GATED) prefetch_tile(FROM(z) + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
       if (tile) prefetch(p.checkpoints + ((i64)(unit.checkpoint + tile / TILE - 1) * N + lane.lane / 2) * Dp + lane.channel - lane.own);
       const int subs = (count + SUB - 1) / SUB;
-      for (int sub = 0; sub + 1 < subs; ++sub) {
+      for (int sub = 0;; ++sub) {
         kept[sub][lane.lane] = as_float4(h), kept[sub][32 + lane.lane] = as_float4(h + 4);
+        if (sub + 1 == subs) break;
         const Quad dt = quad(own(tile_dt, sub * SUB, lane)), x = quad(own(tile_x, sub * SUB, lane));
 #pragma unroll
         for (int j = 0; j < SUB; ++j)
@@ -454,9 +455,7 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       }
       for (int sub = subs - 1; sub >= 0; --sub) {
         const int first = sub * SUB;
-        if (sub + 1 < subs) {
-          *(float4*)h = kept[sub][lane.lane], *(float4*)(h + 4) = kept[sub][32 + lane.lane];
-        }
+        *(float4*)h = kept[sub][lane.lane], *(float4*)(h + 4) = kept[sub][32 + lane.lane];
         const Quad dt = quad(own(tile_dt, first, lane)), x = quad(own(tile_x, first, lane));
         const Quad d_y = quad(own(tile_dy, first, lane));
         float before[SUB][HALF], decay[SUB][HALF], y[SUB], d_x[SUB], d_exponents[SUB];
