@@ -114,21 +114,21 @@ __device__ __forceinline__ Place place() {
   return at;
 }
 
-// A tile of one number per token and channel of a warp. The gaps keep the writes of a warp, four channels of eight tokens,
+// A number per token of SUB and channel of a warp. The gaps keep the writes of a warp, four channels of eight tokens,
 // in different banks.
-struct Tile {
-  float v[TILE / SUB][GAPPED];
-};
+typedef float Numbers[GAPPED];
 
 // SUB tokens of a lane's own channel.
-__device__ __forceinline__ float* own(Tile& tile, int first, const Place& lane) {
-  return &tile.v[first / SUB][lane.own * SUB + (lane.own & 8)];
+__device__ __forceinline__ float* own(Numbers& numbers, const Place& lane) {
+  return &numbers[lane.own * SUB + (lane.own & 8)];
 }
 
-// Token row + 8 i and channel c of those that a lane prepares.
-__device__ __forceinline__ float& prepared(Tile& tile, int i, int c, const Place& lane) {
-  return (&tile.v[lane.row / SUB][lane.corner * SUB + (lane.corner & 8) + lane.row % SUB])[i * 2 * GAPPED + c * SUB];
+// Channel c of those that a lane prepares, of its token in these SUB: row + 8 i is in those of `group(i)`.
+__device__ __forceinline__ float& prepared(Numbers& numbers, int c, const Place& lane) {
+  return (&numbers[lane.corner * SUB + (lane.corner & 8) + lane.row % SUB])[c * SUB];
 }
+
+__device__ __forceinline__ int group(int i, const Place& lane) { return lane.row / SUB + i * (8 / SUB); }
 
 // B or C of a tile of tokens; the whole block reads them.
 __device__ __forceinline__ void stage_rows(float (&rows)[TILE][N], const io* from, int stride, int count, int states) {
@@ -187,9 +187,9 @@ __device__ __forceinline__ float over_halves(float first, float second, int half
 template <bool OUTPUT>
 __device__ __forceinline__ void walk_forward(const Params& p) {
   __shared__ __align__(16) float rows_B[TILE][N], rows_C[OUTPUT ? TILE : 1][N];
-  __shared__ __align__(16) Tile tiles_dt[WARPS], tiles_x[WARPS];
+  __shared__ __align__(16) struct { Numbers dt, x; } tiles[WARPS][TILE / SUB];
   const Place lane = place();
-  Tile &tile_dt = tiles_dt[lane.warp], &tile_x = tiles_x[lane.warp];
+  auto& groups = tiles[lane.warp];
   const i64 Dp = p.padded_channels;
   const int exist = ROW_LENGTH(p) - lane.first_channel;
   float A[HALF], h[HALF];
@@ -218,8 +218,8 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const float dt = present * step_size(before_bias.v[c] + bias.v[c]);
-          prepared(tile_dt, i, c, lane) = dt;
-          prepared(tile_x, i, c, lane) = dt * inputs.v[c];
+          prepared(groups[group(i, lane)].dt, c, lane) = dt;
+          prepared(groups[group(i, lane)].x, c, lane) = dt * inputs.v[c];
         }
       }
       __syncthreads();
@@ -228,7 +228,8 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
       prefetch_tile(from_u + next * STRIDE(p, u), STRIDE(p, u), lane, left, exist);
       if (OUTPUT && GATED) prefetch_tile(from_z + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
       for (int first = 0; first < count; first += SUB) {
-        const Quad dt = quad(own(tile_dt, first, lane)), x = quad(own(tile_x, first, lane));
+        auto& tokens = groups[first / SUB];
+        const Quad dt = quad(own(tokens.dt, lane)), x = quad(own(tokens.x, lane));
         if (!OUTPUT) sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
         // All exponentials first: they take their time, and nothing has to wait for one.
         float decay[SUB][HALF], y[SUB];
@@ -251,7 +252,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
         if (OUTPUT)
 #pragma unroll
           for (int j = 0; j < SUB; j += 2)  // in the place of x, which both lanes of the channel have read
-            own(tile_x, first, lane)[j + lane.half] = over_halves(y[j], y[j + 1], lane.half);
+            own(tokens.x, lane)[j + lane.half] = over_halves(y[j], y[j + 1], lane.half);
       }
       if (OUTPUT) {
         const Quad skip = p.D ? quad(p.D + lane.first_channel) : Quad{};
@@ -264,7 +265,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
           Quad gated;
 #pragma unroll
           for (int c = 0; c < 4; ++c)
-            gated.v[c] = (prepared(tile_x, i, c, lane) + skip.v[c] * inputs.v[c]) * gate(gates.v[c]);
+            gated.v[c] = (prepared(groups[group(i, lane)].x, c, lane) + skip.v[c] * inputs.v[c]) * gate(gates.v[c]);
           store(out + t * ROW_LENGTH(p), gated, t < count ? exist : 0);
         }
       }
@@ -312,9 +313,9 @@ extern "C" __global__ void join_backward(const Params p) {
 // Walk units that have a parent backwards from a zero gradient: what reaches the state before their first token.
 __device__ __forceinline__ void walk_tails(const Params& p) {
   __shared__ __align__(16) float rows_C[TILE][N];
-  __shared__ __align__(16) Tile tiles_dt[WARPS], tiles_dy[WARPS];
+  __shared__ __align__(16) struct { Numbers dt, dy; } tiles[WARPS][TILE / SUB];
   const Place lane = place();
-  Tile &tile_dt = tiles_dt[lane.warp], &tile_dy = tiles_dy[lane.warp];
+  auto& groups = tiles[lane.warp];
   const i64 Dp = p.padded_channels;
   const int exist = ROW_LENGTH(p) - lane.first_channel;
   float A[HALF];
@@ -337,8 +338,8 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
         const float present = here(i, count, lane);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          prepared(tile_dt, i, c, lane) = present * step_size(before_bias.v[c] + bias.v[c]);
-          prepared(tile_dy, i, c, lane) = d_outs.v[c] * gate(gates.v[c]);
+          prepared(groups[group(i, lane)].dt, c, lane) = present * step_size(before_bias.v[c] + bias.v[c]);
+          prepared(groups[group(i, lane)].dy, c, lane) = d_outs.v[c] * gate(gates.v[c]);
         }
       }
       __syncthreads();
@@ -347,7 +348,8 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
       prefetch_tile(from_d_out + next * STRIDE(p, d_out), STRIDE(p, d_out), lane, left, exist);
       if (GATED) prefetch_tile(from_z + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
       for (int first = (count - 1) / SUB * SUB; first >= 0; first -= SUB) {
-        const Quad dt = quad(own(tile_dt, first, lane)), d_y = quad(own(tile_dy, first, lane));
+        auto& tokens = groups[first / SUB];
+        const Quad dt = quad(own(tokens.dt, lane)), d_y = quad(own(tokens.dy, lane));
         sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
         float decay[SUB][HALF];
 #pragma unroll
@@ -387,13 +389,11 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
 // holding states and decays, then backwards.
 __device__ __forceinline__ void walk_backward(const Params& p) {
   __shared__ __align__(16) float rows_B[TILE][N], rows_C[TILE][N];
-  __shared__ __align__(16) Tile tiles_dt[WARPS], tiles_x[WARPS], tiles_dy[WARPS];
-  // A warp's states before every SUB tokens; once these are read, dB and dC of the same tokens. The last is for passing
-  // through only.
-  __shared__ float4 all_kept[WARPS][TILE / SUB + 1][64];
+  // What a warp has of SUB tokens; `kept` is the states before them and, once these are read, dB and dC.
+  __shared__ __align__(16) struct { Numbers dt, x, dy; float4 kept[64]; } tiles[WARPS][TILE / SUB];
+  __shared__ float4 passed[WARPS][64];
   const Place lane = place();
-  Tile &tile_dt = tiles_dt[lane.warp], &tile_x = tiles_x[lane.warp], &tile_dy = tiles_dy[lane.warp];
-  float4(&kept)[TILE / SUB + 1][64] = all_kept[lane.warp];
+  auto& groups = tiles[lane.warp];
   const i64 Dp = p.padded_channels;
   const int exist = ROW_LENGTH(p) - lane.first_channel;
   const bool exists = lane.channel < ROW_LENGTH(p);
@@ -426,9 +426,9 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             const float dt = present * step_size(before_bias.v[c] + bias.v[c]);
-            prepared(tile_dt, i, c, lane) = dt;
-            prepared(tile_x, i, c, lane) = dt * inputs.v[c];
-            prepared(tile_dy, i, c, lane) = d_outs.v[c] * gate(gates.v[c]);
+            prepared(groups[group(i, lane)].dt, c, lane) = dt;
+            prepared(groups[group(i, lane)].x, c, lane) = dt * inputs.v[c];
+            prepared(groups[group(i, lane)].dy, c, lane) = d_outs.v[c] * gate(gates.v[c]);
           }
         }
       }
@@ -441,9 +441,10 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       if (tile) prefetch(p.checkpoints + ((i64)(unit.checkpoint + tile / TILE - 1) * N + lane.lane / 2) * Dp + lane.channel - lane.own);
       const int subs = (count + SUB - 1) / SUB;
       for (int sub = 0;; ++sub) {
-        kept[sub][lane.lane] = as_float4(h), kept[sub][32 + lane.lane] = as_float4(h + 4);
+        auto& tokens = groups[sub];
+        tokens.kept[lane.lane] = as_float4(h), tokens.kept[32 + lane.lane] = as_float4(h + 4);
         if (sub + 1 == subs) break;
-        const Quad dt = quad(own(tile_dt, sub * SUB, lane)), x = quad(own(tile_x, sub * SUB, lane));
+        const Quad dt = quad(own(tokens.dt, lane)), x = quad(own(tokens.x, lane));
 #pragma unroll
         for (int j = 0; j < SUB; ++j)
 #pragma unroll
@@ -455,9 +456,9 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       }
       for (int sub = subs - 1; sub >= 0; --sub) {
         const int first = sub * SUB;
-        *(float4*)h = kept[sub][lane.lane], *(float4*)(h + 4) = kept[sub][32 + lane.lane];
-        const Quad dt = quad(own(tile_dt, first, lane)), x = quad(own(tile_x, first, lane));
-        const Quad d_y = quad(own(tile_dy, first, lane));
+        auto& tokens = groups[sub];
+        *(float4*)h = tokens.kept[lane.lane], *(float4*)(h + 4) = tokens.kept[32 + lane.lane];
+        const Quad dt = quad(own(tokens.dt, lane)), x = quad(own(tokens.x, lane)), d_y = quad(own(tokens.dy, lane));
         float before[SUB][HALF], decay[SUB][HALF], y[SUB], d_x[SUB], d_exponents[SUB];
 #pragma unroll
         for (int j = 0; j < SUB; ++j) {
@@ -516,12 +517,12 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < SUB; ++j)  // [SUB][4 groups of channels][8], in two places of 64
-          kept[j < 2 ? sub : TILE / SUB][j % 2 * 32 + lane.lane] = sums[j];
+          (j < 2 ? tokens.kept : passed[lane.warp])[j % 2 * 32 + lane.lane] = sums[j];
         __syncwarp();
-        const float4* parts = &kept[lane.lane < 16 ? sub : TILE / SUB][lane.lane / 8 % 2 * 32 + lane.lane % 8];
+        const float4* parts = (lane.lane < 16 ? tokens.kept : passed[lane.warp]) + lane.lane / 8 % 2 * 32 + lane.lane % 8;
         const float4 total = (parts[0] + parts[8]) + (parts[16] + parts[24]);
         __syncwarp();
-        kept[sub][lane.lane] = total;
+        tokens.kept[lane.lane] = total;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int j = 2 * i;
@@ -548,9 +549,9 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       float4* to_BC = p.d_BC + (blockIdx.x * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
 #pragma unroll 2
       for (int sub = lane.warp; sub < subs; sub += WARPS) {
-        float4 total = all_kept[0][sub][lane.lane];
+        float4 total = tiles[0][sub].kept[lane.lane];
 #pragma unroll
-        for (int warp = 1; warp < WARPS; ++warp) total = total + all_kept[warp][sub][lane.lane];
+        for (int warp = 1; warp < WARPS; ++warp) total = total + tiles[warp][sub].kept[lane.lane];
         if (sub * SUB + lane.lane / 8 < count) to_BC[sub * SUB * 8] = total;
       }
     }
