@@ -9,9 +9,9 @@
 // Layouts: token tensors are [T, D] or [T, N] with a row stride; states are fp32 [rows, 16, Dp] with Dp = D rounded up
 // to whole blocks and zeros where N < 16 (a state whose A, B and C are zero stays zero and adds nothing).
 //
-// Time goes in tiles. What is per token and channel (step sizes, gates) is worked out once a tile, four channels a lane,
-// and handed to the walk through shared memory. Sums over states end with one shuffle; sums over channels (dB, dC) are
-// products with ones on the tensor cores.
+// Time goes in tiles. What is per token and channel (step sizes and gates; afterwards outputs, or gradients of u, delta
+// and z) is worked out once a tile, four channels a lane, and passed to and from the walk through shared memory. Sums over
+// states end with one shuffle; sums over channels (dB, dC) are products with ones on the tensor cores.
 //
 // Compiled for one element type (IO as in scalars.cuh), with or without the gate z (GATED) and softplus (SOFTPLUS),
 // for 32 * WARPS threads a block.
@@ -53,16 +53,7 @@ struct Params {
 
 __device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
 
-// The derivative of softplus where its value is dt: 1 - exp(-dt), by its series for small steps, where that would cancel.
-__device__ __forceinline__ float step_size_slope(float dt) {
-  if (!SOFTPLUS) return 1.f;
-#if IO == 0
-  const float small = dt * (1.f - dt * (0.5f - dt * (1.f / 6.f - dt * (1.f / 24.f - dt * (1.f / 120.f)))));
-  return dt < 0.1f ? small : 1.f - exp_fast(-dt);
-#else  // to 1e-5, which 16 bits cannot tell
-  return dt < 0.03f ? dt * (1.f - dt * (0.5f - dt * (1.f / 6.f))) : 1.f - exp_fast(-dt);
-#endif
-}
+__device__ __forceinline__ float step_size_slope(float x) { return SOFTPLUS ? sigmoid(x) : 1.f; }
 
 __device__ __forceinline__ float gate(float z) { return GATED ? z * sigmoid(z) : 1.f; }
 
@@ -385,21 +376,36 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
+// What a warp has of SUB tokens, prepared and walked forwards. The walk backwards leaves y in the place of dy, the
+// gradient of x in that of x; dB and dC, and the exponents' gradients, in the places of the states before these tokens.
+struct Group {
+  Numbers dt, x, dy;
+  float4 kept[64];
+};
+
+__device__ __forceinline__ Numbers& d_exponents_of(Group& tokens) { return *(Numbers*)&tokens.kept[32]; }
+
+// Sums over the two lanes of a channel: one leaves those of the first tokens, the other those of the last.
+__device__ __forceinline__ void leave(Numbers& numbers, const float (&shares)[SUB], const Place& lane) {
+  float sums[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) sums[j] = over_halves(shares[j], shares[j + 2], lane.half);
+  *(float2*)&own(numbers, lane)[2 * lane.half] = make_float2(sums[0], sums[1]);
+}
+
 // Gradients of everything. A tile is walked forwards once to have a state every SUB tokens, then those SUB tokens again,
 // holding states and decays, then backwards.
 __device__ __forceinline__ void walk_backward(const Params& p) {
   __shared__ __align__(16) float rows_B[TILE][N], rows_C[TILE][N];
-  // What a warp has of SUB tokens; `kept` is the states before them and, once these are read, dB and dC.
-  __shared__ __align__(16) struct { Numbers dt, x, dy; float4 kept[64]; } tiles[WARPS][TILE / SUB];
+  __shared__ __align__(16) Group tiles[WARPS][TILE / SUB];
   __shared__ float4 passed[WARPS][64];
   const Place lane = place();
   auto& groups = tiles[lane.warp];
   const i64 Dp = p.padded_channels;
   const int exist = ROW_LENGTH(p) - lane.first_channel;
-  const bool exists = lane.channel < ROW_LENGTH(p);
-  float A[HALF], d_A[HALF], picks[HALF], d_bias = 0.f, d_D = 0.f;
+  float A[HALF], d_A[HALF], picks[HALF];
+  Quad d_bias = Quad{}, d_D = Quad{};  // of the tokens and channels that the lane prepares
   load_states(A, p.A, lane, Dp);
-  const float skip = p.D ? p.D[lane.channel] : 0.f;
 #pragma unroll
   for (int n = 0; n < HALF; ++n) d_A[n] = 0.f, picks[n] = lane.lane / 4 == n ? 1.f : 0.f;
   for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
@@ -476,19 +482,6 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
             }
           }
         }
-        // This lane's tokens for what is per token and channel: first + lane.half and two after that.
-        const int row = unit.begin + tile + first + lane.half;
-        io u[2], z[2], d_out[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const bool there = exists && first + lane.half + 2 * i < count;
-          u[i] = there ? p.u[(i64)(row + 2 * i) * STRIDE(p, u) + lane.channel] : narrow(0.f);
-          z[i] = GATED && there ? p.z[(i64)(row + 2 * i) * STRIDE(p, z) + lane.channel] : narrow(0.f);
-          d_out[i] = GATED && there ? p.d_out[(i64)(row + 2 * i) * STRIDE(p, d_out) + lane.channel] : narrow(0.f);
-        }
-        float y_own[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) y_own[i] = GATED ? over_halves(y[2 * i], y[2 * i + 1], lane.half) : 0.f;
         float4 sums[SUB];
 #pragma unroll
         for (int j = SUB - 1; j >= 0; --j) {
@@ -523,27 +516,45 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         const float4 total = (parts[0] + parts[8]) + (parts[16] + parts[24]);
         __syncwarp();
         tokens.kept[lane.lane] = total;
+        // In the places of what both lanes of a channel have read.
+        if (GATED) leave(tokens.dy, y, lane);
+        leave(tokens.x, d_x, lane), leave(d_exponents_of(tokens), d_exponents, lane);
+      }
+      __syncwarp();
+      const Prepared delta = prepare<true>(FROM(delta) + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
+      const Prepared u = prepare<true>(FROM(u) + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
+      const Prepared d_out = prepare<true>(FROM(d_out) + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
+      const Prepared z = prepare<GATED>(GATED ? FROM(z) + tile * STRIDE(p, z) : 0, STRIDE(p, z), lane, count, exist);
+      const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
+      const Quad skip = p.D ? quad(p.D + lane.first_channel) : Quad{};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int j = 2 * i;
-          const float d_x_own = over_halves(d_x[j], d_x[j + 1], lane.half);
-          const float d_exponent = over_halves(d_exponents[j], d_exponents[j + 1], lane.half);
-          const float dt_own = lane.half ? dt.v[j + 1] : dt.v[j], d_y_own = lane.half ? d_y.v[j + 1] : d_y.v[j];
-          const float u_own = widen(u[i]);
-          // A is in units of log2(e) here, and x = dt u.
-          const float d_delta = (LN_2 * d_exponent + d_x_own * u_own) * step_size_slope(dt_own);
-          const float z_own = widen(z[i]), s = sigmoid(z_own);
-          const float d_z = widen(d_out[i]) * (y_own[i] + skip * u_own) * s * (1.f + z_own * (1.f - s));
-          const bool there = first + lane.half + j < count;
-          d_bias += there ? d_delta : 0.f;
-          d_D += d_y_own * u_own;
-          if (there && exists) {
-            const i64 to = (i64)(row + j) * ROW_LENGTH(p) + lane.channel;
-            p.d_u[to] = narrow(d_x_own * dt_own + skip * d_y_own);
-            p.d_delta[to] = narrow(d_delta);
-            if (GATED) p.d_z[(i64)(row + j) * STRIDE(p, d_z) + lane.channel] = narrow(d_z);
+      for (int i = 0; i < ROWS; ++i) {
+        const int t = lane.row + 8 * i;
+        if (t >= count) break;
+        auto& tokens = groups[group(i, lane)];
+        const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
+        const Quad gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
+        Quad d_u, d_delta, d_z;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float dt = prepared(tokens.dt, c, lane), d_x = prepared(tokens.x, c, lane);
+          const float d_exponent = prepared(d_exponents_of(tokens), c, lane);
+          float d_y = d_outs.v[c];
+          if (GATED) {
+            const float s = sigmoid(gates.v[c]), d_gated = d_outs.v[c] * s, y = prepared(tokens.dy, c, lane);
+            d_y = d_gated * gates.v[c];
+            d_z.v[c] = (d_gated + d_y * (1.f - s)) * (y + skip.v[c] * inputs.v[c]);
           }
+          d_u.v[c] = d_x * dt + skip.v[c] * d_y;
+          // A is in units of log2(e) here, and x = dt u.
+          d_delta.v[c] = (LN_2 * d_exponent + d_x * inputs.v[c]) * step_size_slope(before_bias.v[c] + bias.v[c]);
+          d_bias.v[c] += d_delta.v[c];
+          d_D.v[c] += d_y * inputs.v[c];
         }
+        const i64 to = (i64)(unit.begin + tile + t) * ROW_LENGTH(p) + lane.first_channel;
+        store(p.d_u + to, d_u, exist);
+        store(p.d_delta + to, d_delta, exist);
+        if (GATED) store(p.d_z + (i64)(unit.begin + tile + t) * STRIDE(p, d_z) + lane.first_channel, d_z, exist);
       }
       __syncthreads();
       float4* to_BC = p.d_BC + (blockIdx.x * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
@@ -559,8 +570,15 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
   }
   float* share = p.d_vectors + blockIdx.y * (N + 2) * Dp;
   store_states(share, d_A, lane, Dp);
-  const float all_d_D = d_D + from_lane_xor(d_D, 4), all_d_bias = d_bias + from_lane_xor(d_bias, 4);
-  share[(N + lane.half) * Dp + lane.channel] = lane.half ? all_d_bias : all_d_D;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {  // over the lanes that prepare these channels
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) {
+      d_D.v[c] += from_lane_xor(d_D.v[c], mask);
+      d_bias.v[c] += from_lane_xor(d_bias.v[c], mask);
+    }
+    if (lane.row < 2) share[(N + lane.row) * Dp + lane.first_channel + c] = lane.row ? d_bias.v[c] : d_D.v[c];
+  }
 }
 
 // dB and dC from those of every block, in a fixed order. One thread a (token, float4).
