@@ -206,7 +206,7 @@ class _Problem:
         macros |= {"ALIGNED_ROWS": rows, "ALIGNED_TOKENS": tokens}
         if STATIC:
             # y's gradient, and z where there is none, have the usual row length.
-            strides = {name: laid.get(f"{name}_stride", self.D) for name in ("u", "delta", "z", "d_out")}
+            strides = {name: laid.get(f"{name}_stride", self.D) for name in ("u", "delta", "B", "C", "z", "d_out")}
             strides["d_z"] = self.D if self.joint is None else 2 * self.D
             macros |= {"STATIC": 1, "STATIC_WIDTH": self.D} | {f"STATIC_{name}": n for name, n in strides.items()}
         self._module = module(tuple((name, int(value)) for name, value in macros.items()), self.device)

@@ -24,6 +24,12 @@
 #define TILE 32                 // tokens between stored states
 #define SUB 4                   // tokens whose exponentials are in registers together
 #define ROWS (TILE / 8)         // tokens of a tile that a lane prepares
+#ifdef STATIC
+#define PADDED(p) ((i64)(STATIC_WIDTH + CHANNELS - 1) / CHANNELS * CHANNELS)
+#else
+#define PADDED(p) ((p).padded_channels)
+#endif
+#define STATES(p) (ALIGNED_ROWS ? N : (int)(p).num_states)
 #define GAPPED (LANES * SUB + 12)  // numbers of SUB tokens of a warp's channels in a `Tile`
 
 // Tokens [begin, begin + length) of one segment. `parent` is the unit before it on its path or -1; `slot` its row in
@@ -105,6 +111,12 @@ __device__ __forceinline__ Place place() {
   return at;
 }
 
+// Of the four channels that a lane prepares, those that exist: any number from 4 on where all do. Known when compiling
+// where rows are whole blocks.
+__device__ __forceinline__ int existing(const Params& p, const Place& lane) {
+  return ROW_LENGTH(p) == PADDED(p) ? 4 : ROW_LENGTH(p) - lane.first_channel;
+}
+
 // A number per token of SUB and channel of a warp. The gaps keep the writes of a warp, four channels of eight tokens,
 // in different banks.
 typedef float Numbers[GAPPED];
@@ -181,8 +193,8 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
   __shared__ __align__(16) struct { Numbers dt, x; } tiles[WARPS][TILE / SUB];
   const Place lane = place();
   auto& groups = tiles[lane.warp];
-  const i64 Dp = p.padded_channels;
-  const int exist = ROW_LENGTH(p) - lane.first_channel;
+  const i64 Dp = PADDED(p);
+  const int exist = existing(p, lane);
   float A[HALF], h[HALF];
   load_states(A, p.A, lane, Dp);
   for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
@@ -192,15 +204,15 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
     load_states(h, start, lane, Dp);
     float sum = 0.f;
     const io *from_delta = FROM(delta), *from_u = FROM(u), *from_z = OUTPUT && GATED ? FROM(z) : 0;
-    const io *from_B = p.B + unit.begin * p.B_stride, *from_C = p.C + unit.begin * p.C_stride;
+    const io *from_B = p.B + (i64)unit.begin * STRIDE(p, B), *from_C = p.C + (i64)unit.begin * STRIDE(p, C);
     for (int tile = 0; tile < unit.length; tile += TILE) {
       const int count = min(TILE, unit.length - tile);
       const Prepared delta = prepare<true>(from_delta + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
       const Prepared u = prepare<true>(from_u + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
       const Prepared z = prepare<OUTPUT && GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
       const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
-      stage_rows(rows_B, from_B + tile * p.B_stride, (int)p.B_stride, count, p.num_states);
-      if constexpr (OUTPUT) stage_rows(rows_C, from_C + tile * p.C_stride, (int)p.C_stride, count, p.num_states);
+      stage_rows(rows_B, from_B + tile * STRIDE(p, B), STRIDE(p, B), count, STATES(p));
+      if constexpr (OUTPUT) stage_rows(rows_C, from_C + tile * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
       if (OUTPUT) store_states(p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp, h, lane, Dp);
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
@@ -307,8 +319,8 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
   __shared__ __align__(16) struct { Numbers dt, dy; } tiles[WARPS][TILE / SUB];
   const Place lane = place();
   auto& groups = tiles[lane.warp];
-  const i64 Dp = p.padded_channels;
-  const int exist = ROW_LENGTH(p) - lane.first_channel;
+  const i64 Dp = PADDED(p);
+  const int exist = existing(p, lane);
   float A[HALF];
   load_states(A, p.A, lane, Dp);
   for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
@@ -322,7 +334,7 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
       const Prepared z = prepare<GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
       const Prepared d_out = prepare<true>(from_d_out + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
       const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
-      stage_rows(rows_C, p.C + (unit.begin + tile) * p.C_stride, (int)p.C_stride, count, p.num_states);
+      stage_rows(rows_C, p.C + (i64)(unit.begin + tile) * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         const Quad before_bias = widen(delta.row[i]), gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
@@ -401,8 +413,8 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
   __shared__ float4 passed[WARPS][64];
   const Place lane = place();
   auto& groups = tiles[lane.warp];
-  const i64 Dp = p.padded_channels;
-  const int exist = ROW_LENGTH(p) - lane.first_channel;
+  const i64 Dp = PADDED(p);
+  const int exist = existing(p, lane);
   float A[HALF], d_A[HALF], picks[HALF];
   Quad d_bias = Quad{}, d_D = Quad{};  // of the tokens and channels that the lane prepares
   load_states(A, p.A, lane, Dp);
@@ -422,8 +434,8 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         const Prepared z = prepare<GATED>(GATED ? FROM(z) + tile * STRIDE(p, z) : 0, STRIDE(p, z), lane, count, exist);
         const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
         load_states(h, p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp, lane, Dp);
-        stage_rows(rows_B, p.B + (unit.begin + tile) * p.B_stride, (int)p.B_stride, count, p.num_states);
-        stage_rows(rows_C, p.C + (unit.begin + tile) * p.C_stride, (int)p.C_stride, count, p.num_states);
+        stage_rows(rows_B, p.B + (i64)(unit.begin + tile) * STRIDE(p, B), STRIDE(p, B), count, STATES(p));
+        stage_rows(rows_C, p.C + (i64)(unit.begin + tile) * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
           const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
