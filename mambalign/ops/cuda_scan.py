@@ -11,8 +11,11 @@ each, so they must know the state in which every unit starts (forwards) and the 
     join    the same with gradients, children first; several children of one parent add up
     main    backwards: recomputes 32 tokens from the stored state, then all gradients
 
-Pieces and forks are thus one thing. dB and dC are sums over channels: every block writes its own share, and a sum over
-blocks in a fixed order follows, so results repeat bit for bit.
+Pieces and forks are thus one thing. Rows of one length that would leave some schedulers idle go in a *relay* instead: a
+unit is a leg of a row, the main pass is several launches, and a unit starts from where an earlier launch left off.
+
+dB and dC are sums over channels: every block writes its own share, and a sum over blocks in a fixed order follows, so
+results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -43,25 +46,31 @@ WARPS = 2  # of a block: they share B and C, and add up dB and dC
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 10, 6
 ENOUGH = 4  # blocks for each multiprocessor: cutting segments for more costs more than it brings
 SHORTEST_PIECE = 256  # tokens: cutting costs a second walk over what is cut
+LEGS = 4  # of a segment in a relay
+RELAYED = 1.3  # the most that a relay may take, in the time of two layers of whole segments; three layers take 1.4
 LONGEST_PIECE = 1 << 15  # tokens: the kernels' offsets within a unit are 32 bits wide
 STATIC = True  # compile for the row lengths at hand: addresses then cost no instructions (a sixth of all)
 
 
 @dataclass
 class Walk:
-    """Which units each row of a grid walks, one after the other: `units[starts[i] : starts[i + 1]]`, int32."""
+    """Items of units that a block of channels walks, one after the other: `units[starts[i] : starts[i + 1]]`, int32."""
 
     starts: Tensor
     units: Tensor
+    launches: int = 1  # that all blocks of all items are divided among, in order
 
     @property
-    def rows(self) -> int:
+    def items(self) -> int:
         return self.starts.numel() - 1
 
 
 @dataclass
 class Plan:
-    """`units` int32 `[U, 8]` as `struct Unit`; `joined`: those with a parent or a child, parents first."""
+    """`units` int32 `[U, 10]` as `struct Unit`; `joined`: those with a parent or a child, parents first.
+
+    `relayed`: how many units get a state from, or hand one on to, another launch of the main pass instead.
+    """
 
     units: Tensor
     joined: Tensor
@@ -69,14 +78,66 @@ class Plan:
     heads: Walk
     tails: Walk
     checkpoints: int
+    relayed: int = 0
 
 
-def plan(segments: Segments, blocks: int, held: int, device: torch.device) -> Plan:
+def plan(segments: Segments, blocks: int, held: int, device: torch.device, backwards: bool = False) -> Plan:
     """Cut and distribute `segments` for `blocks` blocks of channels on a device that runs `held` blocks at a time."""
-    key = ("cuda scan", blocks, held, SHORTEST_PIECE, str(device))
+    key = ("cuda scan", blocks, held, SHORTEST_PIECE, str(device), backwards)
     if key not in segments._plans:
-        segments._plans[key] = _plan(segments, blocks, held, device)
+        launches = _relay_launches(segments, blocks, device)
+        if launches:
+            segments._plans[key] = _relay(segments, launches, device, backwards)
+        else:
+            segments._plans[key] = _plan(segments, blocks, held, device)
     return segments._plans[key]  # type: ignore[return-value]
+
+
+def _relay_launches(segments: Segments, blocks: int, device: torch.device) -> int:
+    """How many launches a relay takes, 0 where there should be none. A *layer* of blocks is a warp for every scheduler.
+
+    Rows that are a little more than two layers take as long as three. Cut in `LEGS`, and two layers of legs at a time,
+    they take as long as they are.
+    """
+    layer, rows = 4 // WARPS * nvrtc.multiprocessors(device), segments.num_segments * blocks
+    launches = -(-rows * LEGS // (2 * layer))
+    return launches if 2 * layer <= rows and launches <= RELAYED * LEGS and _are_equal_roots(segments) else 0
+
+
+def _are_equal_roots(segments: Segments) -> bool:
+    key = ("equal roots", SHORTEST_PIECE)
+    if key not in segments._plans:
+        lengths = segments.cu_seqlens.diff()
+        equal = bool((lengths == lengths[0]).all() and (segments.parent < 0).all())
+        segments._plans[key] = equal and LEGS * SHORTEST_PIECE <= int(lengths[0]) <= LEGS * LONGEST_PIECE
+    return segments._plans[key]  # type: ignore[return-value]
+
+
+def _relay(segments: Segments, launches: int, device: torch.device, backwards: bool) -> Plan:
+    """Segments of one length in `LEGS` units each: first legs first, or last legs first, one an item."""
+    length = int(segments.cu_seqlens[1])
+    step = _up(-(-length // LEGS), TILE)
+    cuts = [(cut, min(step, length - cut)) for cut in range(0, length, step)]
+    units: list[tuple[int, ...]] = []
+    for segment in range(segments.num_segments):
+        for leg, (cut, tokens) in enumerate(cuts):
+            unit, last = len(units), leg + 1 == len(cuts)
+            before, after = (unit - 1 if leg else -1), (-1 if last else unit)
+            tiles = segment * -(-length // TILE) + cut // TILE
+            begin = segment * length + cut
+            units.append((begin, tokens, segment, before, -1, tiles, last, False, before, after))
+    legs = sorted(range(len(units)), key=lambda u: -(u % len(cuts)) if backwards else u % len(cuts))
+    table = send(torch.tensor(units, dtype=torch.int32), device)
+    none, walk = _sent([0], [], device), _sent(range(len(legs) + 1), legs, device, launches)
+    return Plan(table, none.units, walk, none, none, -(-length // TILE) * segments.num_segments, len(units))
+
+
+def _sent(starts: Sequence[int], units: Sequence[int], device: torch.device, launches: int = 1) -> Walk:
+    return Walk(
+        send(torch.tensor(starts, dtype=torch.int32), device),
+        send(torch.tensor(units, dtype=torch.int32), device),
+        launches,
+    )
 
 
 def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> int:
@@ -116,7 +177,7 @@ def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> P
     tiles = [-(-length // TILE) for length in lengths]
     first_tile = [0, *itertools.accumulate(tiles)]
     rows = [
-        (begins[u], lengths[u], owners[u], parents[u], slots.get(u, -1), first_tile[u], lasts[u], has_child[u])
+        (begins[u], lengths[u], owners[u], parents[u], slots.get(u, -1), first_tile[u], lasts[u], has_child[u], -1, -1)
         for u in range(len(begins))
     ]
 
@@ -124,7 +185,7 @@ def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> P
         return _walk(units, lengths, max(1, -(-4 * held // blocks)), device)
 
     return Plan(
-        send(torch.tensor(rows, dtype=torch.int32).view(-1, 8), device),
+        send(torch.tensor(rows, dtype=torch.int32).view(-1, 10), device),
         send(torch.tensor(joined, dtype=torch.int32), device),
         walk(range(len(begins))),
         walk([u for u in joined if has_child[u]]),
@@ -146,8 +207,7 @@ def _walk(units: Sequence[int], lengths: Sequence[int], most: int, device: torch
         rows[row].append(unit)
         heapq.heappush(loads, (load + lengths[unit], row))
     starts = [0, *itertools.accumulate(len(row) for row in rows)]
-    flat = list(itertools.chain.from_iterable(rows))
-    return Walk(*(send(torch.tensor(numbers, dtype=torch.int32), device) for numbers in (starts, flat)))
+    return _sent(starts, list(itertools.chain.from_iterable(rows)), device)
 
 
 def unavailable(device: torch.device, A: Tensor | None = None, *others: Tensor | None) -> str | None:
@@ -226,8 +286,9 @@ class _Problem:
         d_out = d_out if d_out.data_ptr() % (4 * d_out.itemsize) == 0 else d_out.clone()
         return {"d_out": d_out, "d_out_stride": self.D}
 
-    def plan(self, held: int) -> Plan:
-        return plan(self.segments, self.blocks, held * nvrtc.multiprocessors(self.device), self.device)
+    def plan(self, held: int, backwards: bool = False) -> Plan:
+        held *= nvrtc.multiprocessors(self.device)
+        return plan(self.segments, self.blocks, held, self.device, backwards)
 
     def values(self, plan: Plan) -> dict[str, Any]:
         """What every pass with this plan is given."""
@@ -236,6 +297,8 @@ class _Problem:
         if joined:
             sums = torch.empty(joined, self.Dp, dtype=torch.float32, device=self.device)
             values |= {"starts": self.states(joined), "ends": self.states(joined), "sums": sums}
+        elif plan.relayed:
+            values["starts"] = values["ends"] = self.states(plan.relayed)
         return values
 
     def _vector(self, value: Tensor | None) -> Tensor | None:
@@ -279,7 +342,11 @@ class _Problem:
 
     def walk(self, kernel: str, walk: Walk, values: dict[str, Any]) -> None:
         values = values | {"item_starts": walk.starts, "item_units": walk.units}
-        self._module.launch(kernel, (self.blocks, walk.rows), 32 * WARPS, values)
+        blocks = self.blocks * walk.items
+        most = -(-blocks // walk.launches)
+        for first in range(0, blocks, max(1, most)):
+            launched = (min(most, blocks - first), 1)
+            self._module.launch(kernel, launched, 32 * WARPS, values | {"first_block": first})
 
     def join(self, kernel: str, values: dict[str, Any]) -> None:
         if values["num_joined"]:
@@ -344,7 +411,7 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_finals: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints = ctx.saved_tensors
         problem: _Problem = ctx.problem
-        plan = problem.plan(BACKWARD_BLOCKS)
+        plan = problem.plan(BACKWARD_BLOCKS, backwards=True)
         values = problem.values(plan) | problem.laid(_tokens(u, delta, B, C, z))
         values |= problem.laid_gradient(torch.zeros_like(u) if d_out is None else d_out)
         values |= {"d_final": problem.padded(d_finals), "checkpoints": checkpoints}
@@ -352,7 +419,7 @@ class SelectiveScan(torch.autograd.Function):
         problem.join("join_backward", values)
         grads = problem.gradients(gated=z is not None)
         # Of every item: 16 rows of A, one of D, one of the bias.
-        d_vectors = torch.empty(plan.all.rows, STATES + 2, problem.Dp, dtype=torch.float32, device=u.device)
+        d_vectors = torch.empty(plan.all.items, STATES + 2, problem.Dp, dtype=torch.float32, device=u.device)
         d_BC = torch.empty(problem.blocks, problem.T, 2 * STATES, dtype=torch.float32, device=u.device)
         d_initial = None
         if initial_state is not None:

@@ -30,12 +30,14 @@
 #define PADDED(p) ((p).padded_channels)
 #endif
 #define STATES(p) (ALIGNED_ROWS ? N : (int)(p).num_states)
-#define GAPPED (LANES * SUB + 12)  // numbers of SUB tokens of a warp's channels in a `Tile`
+#define GAPPED (LANES * SUB + 12)  // numbers of SUB tokens of a warp's channels in a `Numbers`
 
 // Tokens [begin, begin + length) of one segment. `parent` is the unit before it on its path or -1; `slot` its row in
 // the workspaces of units that have a parent or a child, -1 if it has neither; `checkpoint` its first row of those.
+// In a relay a unit gets its first state from the one before it, through row `before` of `starts`, and hands its last on
+// to the one after it, through row `after`; gradients go the other way, through `ends`. -1 where there is none.
 struct Unit {
-  int begin, length, segment, parent, slot, checkpoint, is_last, has_child;
+  int begin, length, segment, parent, slot, checkpoint, is_last, has_child, before, after;
 };
 
 // What all kernels take; ops/cuda_scan.py fills it by name. Every field is 8 bytes wide.
@@ -54,7 +56,7 @@ struct Params {
   io *d_B, *d_C;                        // [T, 16]
   float* d_vectors;                     // [items, 16 + 2, Dp]: the share of every item in dA, dD and the bias' gradient
   float* d_initial;                     // [S, 16, Dp]
-  i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined;
+  i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined, first_block;
 };
 
 __device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
@@ -96,17 +98,20 @@ __device__ __forceinline__ void store(io* to, const Quad& values, int exist) {
 }
 
 // Which part a lane has. In a walk: one channel, and states 8 * half to 8 * half + 7 of it; the lane with the other half
-// is lane ^ 4. In preparing a tile: tokens row, row + 8, ..., and four channels.
+// is lane ^ 4. In preparing a tile: tokens row, row + 8, ..., and four channels. The lanes of a thread block have the same
+// item, and block of channels.
 struct Place {
-  int lane, warp, half, own, channel, row, corner, first_channel;
+  int lane, warp, half, own, channel, row, corner, first_channel, block, item;
 };
 
-__device__ __forceinline__ Place place() {
+__device__ __forceinline__ Place place(const Params& p) {
   Place at;
   at.lane = threadIdx.x % 32, at.warp = threadIdx.x / 32;
   at.half = at.lane / 4 % 2, at.own = at.lane % 4 + at.lane / 8 * 4;
   at.row = at.lane / 4, at.corner = at.lane % 4 * 4;
-  const int first = blockIdx.x * CHANNELS + at.warp * LANES;
+  const int index = (int)p.first_block + blockIdx.x, blocks = (int)(PADDED(p) / CHANNELS);
+  at.item = index / blocks, at.block = index % blocks;
+  const int first = at.block * CHANNELS + at.warp * LANES;
   at.channel = first + at.own, at.first_channel = first + at.corner;
   return at;
 }
@@ -191,16 +196,17 @@ template <bool OUTPUT>
 __device__ __forceinline__ void walk_forward(const Params& p) {
   __shared__ __align__(16) float rows_B[TILE][N], rows_C[OUTPUT ? TILE : 1][N];
   __shared__ __align__(16) struct { Numbers dt, x; } tiles[WARPS][TILE / SUB];
-  const Place lane = place();
+  const Place lane = place(p);
   auto& groups = tiles[lane.warp];
   const i64 Dp = PADDED(p);
   const int exist = existing(p, lane);
   float A[HALF], h[HALF];
   load_states(A, p.A, lane, Dp);
-  for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
+  for (int item = p.item_starts[lane.item]; item < p.item_starts[lane.item + 1]; ++item) {
     const Unit unit = p.units[p.item_units[item]];
     const float* start = 0;
-    if (OUTPUT) start = unit.slot >= 0 ? p.starts + unit.slot * N * Dp : p.initial ? p.initial + unit.segment * N * Dp : 0;
+    if (OUTPUT) start = p.initial ? p.initial + unit.segment * N * Dp : 0;
+    if (OUTPUT && max(unit.slot, unit.before) >= 0) start = p.starts + max(unit.slot, unit.before) * N * Dp;
     load_states(h, start, lane, Dp);
     float sum = 0.f;
     const io *from_delta = FROM(delta), *from_u = FROM(u), *from_z = OUTPUT && GATED ? FROM(z) : 0;
@@ -276,6 +282,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
     }
     float* last = OUTPUT ? (unit.is_last && p.finals ? p.finals + unit.segment * N * Dp : 0) : p.ends + unit.slot * N * Dp;
     if (last) store_states(last, h, lane, Dp);
+    if (OUTPUT && unit.after >= 0) store_states(p.starts + unit.after * N * Dp, h, lane, Dp);
     if (!OUTPUT && lane.half == 0) p.sums[unit.slot * Dp + lane.channel] = sum;
   }
 }
@@ -317,13 +324,13 @@ extern "C" __global__ void join_backward(const Params p) {
 __device__ __forceinline__ void walk_tails(const Params& p) {
   __shared__ __align__(16) float rows_C[TILE][N];
   __shared__ __align__(16) struct { Numbers dt, dy; } tiles[WARPS][TILE / SUB];
-  const Place lane = place();
+  const Place lane = place(p);
   auto& groups = tiles[lane.warp];
   const i64 Dp = PADDED(p);
   const int exist = existing(p, lane);
   float A[HALF];
   load_states(A, p.A, lane, Dp);
-  for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
+  for (int item = p.item_starts[lane.item]; item < p.item_starts[lane.item + 1]; ++item) {
     const Unit unit = p.units[p.item_units[item]];
     float g[HALF], sum = 0.f;
     load_states(g, 0, lane, Dp);
@@ -411,7 +418,7 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
   __shared__ __align__(16) float rows_B[TILE][N], rows_C[TILE][N];
   __shared__ __align__(16) Group tiles[WARPS][TILE / SUB];
   __shared__ float4 passed[WARPS][64];
-  const Place lane = place();
+  const Place lane = place(p);
   auto& groups = tiles[lane.warp];
   const i64 Dp = PADDED(p);
   const int exist = existing(p, lane);
@@ -420,10 +427,11 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
   load_states(A, p.A, lane, Dp);
 #pragma unroll
   for (int n = 0; n < HALF; ++n) d_A[n] = 0.f, picks[n] = lane.lane / 4 == n ? 1.f : 0.f;
-  for (int item = p.item_starts[blockIdx.y]; item < p.item_starts[blockIdx.y + 1]; ++item) {
+  for (int item = p.item_starts[lane.item]; item < p.item_starts[lane.item + 1]; ++item) {
     const Unit unit = p.units[p.item_units[item]];
     float g[HALF];
-    load_states(g, unit.slot >= 0 ? p.ends + unit.slot * N * Dp : p.d_final ? p.d_final + unit.segment * N * Dp : 0, lane, Dp);
+    const int from = max(unit.slot, unit.after);
+    load_states(g, from >= 0 ? p.ends + from * N * Dp : p.d_final ? p.d_final + unit.segment * N * Dp : 0, lane, Dp);
     for (int tile = unit.length ? (unit.length - 1) / TILE * TILE : -1; tile >= 0; tile -= TILE) {
       const int count = min(TILE, unit.length - tile);
       float h[HALF];
@@ -569,7 +577,7 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         if (GATED) store(p.d_z + (i64)(unit.begin + tile + t) * STRIDE(p, d_z) + lane.first_channel, d_z, exist);
       }
       __syncthreads();
-      float4* to_BC = p.d_BC + (blockIdx.x * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
+      float4* to_BC = p.d_BC + (lane.block * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
 #pragma unroll 2
       for (int sub = lane.warp; sub < subs; sub += WARPS) {
         float4 total = tiles[0][sub].kept[lane.lane];
@@ -578,9 +586,10 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         if (sub * SUB + lane.lane / 8 < count) to_BC[sub * SUB * 8] = total;
       }
     }
+    if (unit.before >= 0) store_states(p.ends + unit.before * N * Dp, g, lane, Dp);
     if (p.d_initial && unit.parent < 0) store_states(p.d_initial + unit.segment * N * Dp, g, lane, Dp);
   }
-  float* share = p.d_vectors + blockIdx.y * (N + 2) * Dp;
+  float* share = p.d_vectors + lane.item * (N + 2) * Dp;
   store_states(share, d_A, lane, Dp);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {  // over the lanes that prepare these channels

@@ -44,6 +44,7 @@ struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 static float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
 
 // A lane runs until it needs the others. All must get there: lanes that part ways are an error.
 static ucontext_t scheduler, lanes[1024];
