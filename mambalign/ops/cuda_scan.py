@@ -263,6 +263,8 @@ class _Problem:
         rows = self.N == STATES and all(_aligned(laid, name) for name in ("B", "C"))
         tokens = self.D % 4 == 0 and all(_aligned(laid, name) for name in ("u", "delta", "z") if name in laid)
         macros = {"IO": IO[self.dtype], "GATED": "z" in laid, "SOFTPLUS": softplus, "WARPS": WARPS}
+        # Two warps a scheduler at a time may as well have the registers of three.
+        macros["HELD"] = 8 if _relay_launches(self.segments, self.blocks, self.device) else 12
         macros |= {"ALIGNED_ROWS": rows, "ALIGNED_TOKENS": tokens}
         if STATIC:
             # y's gradient, and z where there is none, have the usual row length.

@@ -14,7 +14,7 @@
 // states end with one shuffle; sums over channels (dB, dC) are products with ones on the tensor cores.
 //
 // Compiled for one element type (IO as in scalars.cuh), with or without the gate z (GATED) and softplus (SOFTPLUS),
-// for 32 * WARPS threads a block.
+// for 32 * WARPS threads a block and HELD warps of the backward pass a multiprocessor.
 
 #define N 16                    // states of a channel
 #define HALF 8                  // of them in one lane
@@ -617,4 +617,4 @@ extern "C" __global__ void sum_BC(const Params p) {
 extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_heads(const Params p) { walk_forward<false>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_forward(const Params p) { walk_forward<true>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_tails(const Params p) { walk_tails(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 12 / WARPS) scan_backward(const Params p) { walk_backward(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, HELD / WARPS) scan_backward(const Params p) { walk_backward(p); }
