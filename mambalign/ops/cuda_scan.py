@@ -1,6 +1,6 @@
 """Selective scan on a GPU: `selective_scan.cu`, the passes around it, and their gradients.
 
-A *unit* is a segment, or a piece of a long one. The main passes walk all units at once, a block for 32 channels of
+A *unit* is a segment, or a piece of a long one. The main passes walk all units at once, a block for 64 channels of
 each, so they must know the state in which every unit starts (forwards) and the gradient of the state in which it ends
 (backwards). Where no unit has a parent, both are given and one pass does it. Otherwise:
 
@@ -41,10 +41,12 @@ SOURCE = Path(__file__).with_name("selective_scan.cu")
 PARAMETERS = Path(__file__).with_name("scan_parameters.cu")
 # As in the source: states of a channel, channels of a warp, tokens between stored states.
 STATES, LANES, TILE = 16, 16, 32
-WARPS = 2  # of a block: they share B and C, and add up dB and dC
+WARPS = 4  # of a block: they share B and C, and add up dB and dC
 # Blocks that a multiprocessor holds, by registers and shared memory.
-FORWARD_BLOCKS, BACKWARD_BLOCKS = 10, 6
-ENOUGH = 4  # blocks for each multiprocessor: cutting segments for more costs more than it brings
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 20 // WARPS, 12 // WARPS
+ENOUGH = 8 // WARPS  # blocks for each multiprocessor: cutting segments for more costs more than it brings
+# Bytes of the source's `struct Shared`: B and C of a tile; for every warp groups of four tokens, and one in passing.
+SHARED = 4 * (2 * TILE * STATES + WARPS * (TILE // 4 * (3 * 76 + 4 * 64) + 4 * 64))
 SHORTEST_PIECE = 256  # tokens: cutting costs a second walk over what is cut
 LEGS = 4  # of a segment in a relay
 RELAYED = 1.3  # the most that a relay may take, in the time of two layers of whole segments; three layers take 1.4
@@ -262,7 +264,13 @@ class _Problem:
         """Choose the kernels, for both directions, by the layout of the token tensors."""
         rows = self.N == STATES and all(_aligned(laid, name) for name in ("B", "C"))
         tokens = self.D % 4 == 0 and all(_aligned(laid, name) for name in ("u", "delta", "z") if name in laid)
-        macros = {"IO": IO[self.dtype], "GATED": "z" in laid, "SOFTPLUS": softplus, "WARPS": WARPS}
+        macros = {
+            "IO": IO[self.dtype],
+            "GATED": "z" in laid,
+            "SOFTPLUS": softplus,
+            "WARPS": WARPS,
+            "SHARED_BYTES": SHARED,
+        }
         # Two warps a scheduler at a time may as well have the registers of three.
         macros["HELD"] = 8 if _relay_launches(self.segments, self.blocks, self.device) else 12
         macros |= {"ALIGNED_ROWS": rows, "ALIGNED_TOKENS": tokens}
@@ -344,11 +352,11 @@ class _Problem:
 
     def walk(self, kernel: str, walk: Walk, values: dict[str, Any]) -> None:
         values = values | {"item_starts": walk.starts, "item_units": walk.units}
-        blocks = self.blocks * walk.items
+        blocks, shared = self.blocks * walk.items, SHARED if kernel == "scan_backward" else 0
         most = -(-blocks // walk.launches)
         for first in range(0, blocks, max(1, most)):
             launched = (min(most, blocks - first), 1)
-            self._module.launch(kernel, launched, 32 * WARPS, values | {"first_block": first})
+            self._module.launch(kernel, launched, 32 * WARPS, values | {"first_block": first}, shared)
 
     def join(self, kernel: str, values: dict[str, Any]) -> None:
         if values["num_joined"]:

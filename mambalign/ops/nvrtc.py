@@ -108,28 +108,35 @@ class Module:
         self._functions: dict[str, Any] = {}
         logger.info("%s compiled for %s in %.1f s", source.name, device, time.perf_counter() - started)
 
-    def launch(self, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any]) -> None:
-        """Start kernel `name` on the current stream; nothing is started for an empty grid."""
+    def launch(self, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any], shared: int = 0) -> None:
+        """Start kernel `name` on the current stream; nothing is started for an empty grid.
+
+        `shared`: bytes of shared memory a block besides what the kernel declares, at every launch as at the first.
+        """
         if 0 in grid:
             return
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self.launch(name, grid, threads, values)
-        function = self._functions.get(name) or self._function(name)
+                return self.launch(name, grid, threads, values, shared)
+        function = self._functions.get(name) or self._function(name, shared)
         params = pack(self.source, values)
         pointers = ctypes.c_void_p(ctypes.addressof(params))
         # As Triton asks for it: a tenth of the time of `torch.cuda.current_stream()`.
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         launched = self._driver.cuLaunchKernel(
-            function, *grid, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
+            function, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
         )
         _checked(launched)
 
-    def _function(self, name: str) -> Any:
+    def _function(self, name: str, shared: int) -> Any:
         driver = self._driver
         function = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
-        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        attributes = driver.CUfunction_attribute
+        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         _checked(driver.cuFuncSetAttribute(function, carveout, self._carveout))
+        if shared:
+            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, most, shared))
         self._functions[name] = function
         return function
 

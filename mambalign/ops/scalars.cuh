@@ -16,6 +16,11 @@ typedef long long i64;
 #endif
 
 #ifndef EMULATED
+// What the threads of a block share, where it is more than a kernel may declare: launched with as many bytes.
+#define DYNAMIC_SHARED(type, name)                                  \
+  extern __shared__ __align__(16) unsigned char name##_bytes[];     \
+  static_assert(sizeof(type) == SHARED_BYTES, "as the host has it"); \
+  type& name = *(type*)name##_bytes
 typedef unsigned short half_bits;
 __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float from_bf16(half_bits x) { return __uint_as_float((unsigned)x << 16); }

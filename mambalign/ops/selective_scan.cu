@@ -402,6 +402,13 @@ struct Group {
   float4 kept[64];
 };
 
+// What the blocks of the backward pass share: more than a kernel may declare itself.
+struct Shared {
+  float rows_B[TILE][N], rows_C[TILE][N];
+  Group tiles[WARPS][TILE / SUB];
+  float4 passed[WARPS][64];
+};
+
 __device__ __forceinline__ Numbers& d_exponents_of(Group& tokens) { return *(Numbers*)&tokens.kept[32]; }
 
 // Sums over the two lanes of a channel: one leaves those of the first tokens, the other those of the last.
@@ -415,11 +422,10 @@ __device__ __forceinline__ void leave(Numbers& numbers, const float (&shares)[SU
 // Gradients of everything. A tile is walked forwards once to have a state every SUB tokens, then those SUB tokens again,
 // holding states and decays, then backwards.
 __device__ __forceinline__ void walk_backward(const Params& p) {
-  __shared__ __align__(16) float rows_B[TILE][N], rows_C[TILE][N];
-  __shared__ __align__(16) Group tiles[WARPS][TILE / SUB];
-  __shared__ float4 passed[WARPS][64];
+  DYNAMIC_SHARED(Shared, shared);
+  float(&rows_B)[TILE][N] = shared.rows_B, (&rows_C)[TILE][N] = shared.rows_C;
   const Place lane = place(p);
-  auto& groups = tiles[lane.warp];
+  Group(&groups)[TILE / SUB] = shared.tiles[lane.warp];
   const i64 Dp = PADDED(p);
   const int exist = existing(p, lane);
   float A[HALF], d_A[HALF], picks[HALF];
@@ -530,9 +536,9 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < SUB; ++j)  // [SUB][4 groups of channels][8], in two places of 64
-          (j < 2 ? tokens.kept : passed[lane.warp])[j % 2 * 32 + lane.lane] = sums[j];
+          (j < 2 ? tokens.kept : shared.passed[lane.warp])[j % 2 * 32 + lane.lane] = sums[j];
         __syncwarp();
-        const float4* parts = (lane.lane < 16 ? tokens.kept : passed[lane.warp]) + lane.lane / 8 % 2 * 32 + lane.lane % 8;
+        const float4* parts = (lane.lane < 16 ? tokens.kept : shared.passed[lane.warp]) + lane.lane / 8 % 2 * 32 + lane.lane % 8;
         const float4 total = (parts[0] + parts[8]) + (parts[16] + parts[24]);
         __syncwarp();
         tokens.kept[lane.lane] = total;
@@ -580,9 +586,9 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       float4* to_BC = p.d_BC + (lane.block * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
 #pragma unroll 2
       for (int sub = lane.warp; sub < subs; sub += WARPS) {
-        float4 total = tiles[0][sub].kept[lane.lane];
+        float4 total = shared.tiles[0][sub].kept[lane.lane];
 #pragma unroll
-        for (int warp = 1; warp < WARPS; ++warp) total = total + tiles[warp][sub].kept[lane.lane];
+        for (int warp = 1; warp < WARPS; ++warp) total = total + shared.tiles[warp][sub].kept[lane.lane];
         if (sub * SUB + lane.lane / 8 < count) to_BC[sub * SUB * 8] = total;
       }
     }

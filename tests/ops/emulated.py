@@ -34,6 +34,9 @@ PRELUDE = r"""
 #define __global__
 #define __forceinline__ inline
 #define __shared__ static
+#define DYNAMIC_SHARED(type, name)                                   \
+  static_assert(sizeof(type) == SHARED_BYTES, "as the host has it"); \
+  static type name
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 struct alignas(8) float2 { float x, y; };
@@ -162,7 +165,7 @@ class EmulatedModule:
         )
         self._library = ctypes.CDLL(str(library))
 
-    def launch(self, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any]) -> None:
+    def launch(self, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any], shared: int = 0) -> None:
         ctypes.c_int.in_dll(self._library, "backwards").value = BACKWARDS
         params = nvrtc.pack(self.source, values)
         failed = self._library.launch(getattr(self._library, name), ctypes.byref(params), *grid, threads)
