@@ -402,3 +402,31 @@ def test_a_relay_of_launches_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(whole[k], relayed[k]) for k in whole if k not in ("A", "D", "delta_bias"))
     assert_same(relayed, whole, 1e-6)  # sums over items are of more, smaller shares
     compare(selective_scan, inputs, torch.float32, segments=segments, delta_softplus=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "D", "launches"),
+    [(4, 2048, 5120, 5), (8, 2048, 5120, 0), (16, 2048, 1536, 0), (2, 2048, 5120, 0), (4, 512, 5120, 0)],
+)
+def test_what_goes_in_a_relay(rows: int, length: int, D: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 132 multiprocessors: between two and 2.6 warps a scheduler, long enough to be cut, of one length, no forks."""
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 132)
+    blocks, device = D // (cuda_scan.LANES * cuda_scan.WARPS), torch.device("cpu")
+    assert cuda_scan._relay_launches(Segments.from_lengths([length] * rows, [-1] * rows), blocks, device) == launches
+    uneven = Segments.from_lengths([length] * (rows - 1) + [length - 1], [-1] * rows)
+    forked = Segments.from_lengths([length] * rows, [-1] + [0] * (rows - 1))
+    assert not cuda_scan._relay_launches(uneven, blocks, device)
+    assert not cuda_scan._relay_launches(forked, blocks, device)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_leg_and_the_one_before_it_are_never_launched_together(backwards: bool) -> None:
+    """The emulation, which runs one block after the other, would not notice."""
+    relay = cuda_scan._relay(Segments.from_lengths([1024] * 3, [-1] * 3), 5, torch.device("cpu"), backwards)
+    order = relay.all.units.tolist()
+    for place, unit in enumerate(order):
+        before, after = relay.units[unit].tolist()[8:]
+        source = (after + 1 if after >= 0 else -1) if backwards else before
+        # A launch is at most as many items as there are rows, since there are at least as many launches as legs.
+        assert source < 0 or order.index(source) == place - 3
+    assert len(order) == 3 * cuda_scan.LEGS and relay.all.launches >= cuda_scan.LEGS
