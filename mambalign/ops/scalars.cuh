@@ -103,6 +103,32 @@ __device__ __forceinline__ FourOf<KIND> narrow_to(const Quad& quad) {
 
 __device__ __forceinline__ Four narrow(const Quad& quad) { return narrow_to<IO>(quad); }
 
+__device__ __forceinline__ Quad quad(const float* from) {
+  const float4 x = *(const float4*)from;
+  return Quad{{x.x, x.y, x.z, x.w}};
+}
+
+__device__ __forceinline__ float4 as_float4(const float* x) { return make_float4(x[0], x[1], x[2], x[3]); }
+
+// The first `exist` (<= 0: none) of four neighbours of a row, in one access where rows are aligned to that; else zeros.
+template <bool ALIGNED>
+__device__ __forceinline__ Four fetch(const io* from, int exist) {
+  Four four = Four{};
+  if (ALIGNED) {
+    if (exist > 0) four = *(const Four*)from;
+    return four;
+  }
+  Quad values = Quad{};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < exist) values.v[i] = widen(from[i]);
+  return narrow(values);
+}
+
+__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
 // The sum of every `stride`-th number from `from` on, `rows` of them, by a block of SUMMERS warps in a fixed order: a lane
 // has its own column, which may not exist, and every warp a share of the rows.
 #define SUMMERS 8

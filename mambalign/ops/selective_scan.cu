@@ -10,8 +10,8 @@
 // to whole blocks and zeros where N < 16 (a state whose A, B and C are zero stays zero and adds nothing).
 //
 // Time goes in tiles. What is per token and channel (step sizes and gates; afterwards outputs, or gradients of u, delta
-// and z) is worked out once a tile, four channels a lane, and passed to and from the walk through shared memory. Sums over
-// states end with one shuffle; sums over channels (dB, dC) are products with ones on the tensor cores.
+// and z) is worked out once a tile, four channels a lane, and passed to and from the walk through shared memory.
+// Sums over states end with one shuffle; sums over channels (dB, dC) are products with ones on the tensor cores.
 //
 // Compiled for one element type (IO as in scalars.cuh), with or without the gate z (GATED) and softplus (SOFTPLUS),
 // for 32 * WARPS threads a block and HELD warps of the backward pass a multiprocessor.
@@ -34,8 +34,8 @@
 
 // Tokens [begin, begin + length) of one segment. `parent` is the unit before it on its path or -1; `slot` its row in
 // the workspaces of units that have a parent or a child, -1 if it has neither; `checkpoint` its first row of those.
-// In a relay a unit gets its first state from the one before it, through row `before` of `starts`, and hands its last on
-// to the one after it, through row `after`; gradients go the other way, through `ends`. -1 where there is none.
+// In a relay a unit gets its first state from the one before it, through row `before` of `starts`, and hands its last
+// on to the one after it, through row `after`; gradients go the other way, through `ends`. -1 where there is none.
 struct Unit {
   int begin, length, segment, parent, slot, checkpoint, is_last, has_child, before, after;
 };
@@ -65,28 +65,6 @@ __device__ __forceinline__ float step_size_slope(float x) { return SOFTPLUS ? si
 
 __device__ __forceinline__ float gate(float z) { return GATED ? z * sigmoid(z) : 1.f; }
 
-__device__ __forceinline__ Quad quad(const float* from) {
-  const float4 x = *(const float4*)from;
-  return Quad{{x.x, x.y, x.z, x.w}};
-}
-
-__device__ __forceinline__ float4 as_float4(const float* x) { return make_float4(x[0], x[1], x[2], x[3]); }
-
-// The first `exist` (<= 0: none) of four neighbours of a row, in one access where rows are aligned to that; else zeros.
-template <bool ALIGNED>
-__device__ __forceinline__ Four fetch(const io* from, int exist) {
-  Four four = Four{};
-  if (ALIGNED) {
-    if (exist > 0) four = *(const Four*)from;
-    return four;
-  }
-  Quad values = Quad{};
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < exist) values.v[i] = widen(from[i]);
-  return narrow(values);
-}
-
 __device__ __forceinline__ void store(io* to, const Quad& values, int exist) {
   if (ALIGNED_TOKENS) {
     if (exist > 0) *(Four*)to = narrow(values);
@@ -98,8 +76,7 @@ __device__ __forceinline__ void store(io* to, const Quad& values, int exist) {
 }
 
 // Which part a lane has. In a walk: one channel, and states 8 * half to 8 * half + 7 of it; the lane with the other half
-// is lane ^ 4. In preparing a tile: tokens row, row + 8, ..., and four channels. The lanes of a thread block have the same
-// item, and block of channels.
+// is lane ^ 4. In preparing a tile: tokens row, row + 8, ..., four channels. All share an item and a block of channels.
 struct Place {
   int lane, warp, half, own, channel, row, corner, first_channel, block, item;
 };
@@ -391,10 +368,6 @@ __device__ __forceinline__ float4 add(float4 sums, float d_B, float d_C, float n
   return mma_tf32(d_B, d_C, next_d_B, next_d_C, one, two, sums);
 }
 
-__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
 // What a warp has of SUB tokens, prepared and walked forwards. The walk backwards leaves y in the place of dy, the
 // gradient of x in that of x; dB and dC, and the exponents' gradients, in the places of the states before these tokens.
 struct Group {
@@ -538,7 +511,8 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         for (int j = 0; j < SUB; ++j)  // [SUB][4 groups of channels][8], in two places of 64
           (j < 2 ? tokens.kept : shared.passed[lane.warp])[j % 2 * 32 + lane.lane] = sums[j];
         __syncwarp();
-        const float4* parts = (lane.lane < 16 ? tokens.kept : shared.passed[lane.warp]) + lane.lane / 8 % 2 * 32 + lane.lane % 8;
+        const float4* parts = lane.lane < 16 ? tokens.kept : shared.passed[lane.warp];
+        parts += lane.lane / 8 % 2 * 32 + lane.lane % 8;
         const float4 total = (parts[0] + parts[8]) + (parts[16] + parts[24]);
         __syncwarp();
         tokens.kept[lane.lane] = total;
