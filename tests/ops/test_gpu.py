@@ -10,9 +10,11 @@ import torch
 from mambalign.ops import (
     Segments,
     causal_conv1d,
+    cuda_scan,
     fla_ssd,
     gated_rms_norm,
     halves,
+    nvrtc,
     rms_norm,
     selective_scan,
     ssd,
@@ -107,6 +109,20 @@ def test_scan_cut_into_pieces(shift: float) -> None:
     theirs = projected(selective_scan, on_gpu(exact(inputs)), backend="torch", **options)
     ours = projected(selective_scan, on_gpu(inputs), backend="cuda", **options)
     assert_same(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scan_in_a_relay(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches that go on where an earlier one left off, as if the card had one multiprocessor."""
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", 32)
+    segments, inputs = Segments.from_lengths([250, 250], [-1, -1]), scan_inputs(500, 2, dtype, D=64, N=16)
+    options: dict[str, Any] = {"segments": segments, "delta_softplus": True}
+    assert cuda_scan._relay_launches(segments, 1, torch.device("cuda")) == 4
+    theirs = outputs_and_gradients(selective_scan, exact(inputs), backend="reference", **options)
+    first, second = (projected(selective_scan, on_gpu(inputs), backend="cuda", **options) for _ in range(2))
+    assert_same(first, theirs, TOLERANCE[dtype])
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
