@@ -11,8 +11,9 @@ each, so they must know the state in which every unit starts (forwards) and the 
     join    the same with gradients, children first; several children of one parent add up
     main    backwards: recomputes 32 tokens from the stored state, then all gradients
 
-Pieces and forks are thus one thing. Rows of one length that would leave some schedulers idle go in a *relay* instead: a
-unit is a leg of a row, the main pass is several launches, and a unit starts from where an earlier launch left off.
+Pieces and forks are thus one thing. Rows of one length, enough to keep a device busy, go in a *relay* instead: a unit
+is a leg of a row, and starts from where the leg before it left off. As many blocks as the device runs at a time take
+legs of all rows in turn, first legs first, so no scheduler has less to do than another.
 
 dB and dC are sums over channels: every block writes its own share, and a sum over blocks in a fixed order follows, so
 results repeat bit for bit.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,16 @@ PARAMETERS = Path(__file__).with_name("scan_parameters.cu")
 # As in the source: states of a channel, channels of a warp, tokens between stored states.
 STATES, LANES, TILE = 16, 16, 32
 WARPS = 4  # of a block: they share B and C, and add up dB and dC
-# Blocks that a multiprocessor holds, by registers and shared memory.
-FORWARD_BLOCKS, BACKWARD_BLOCKS = 20 // WARPS, 12 // WARPS
+# Warps that a multiprocessor holds, by registers and shared memory. In a relay fewer, with registers for the next tile.
+HELD = {"scan_forward": 20, "scan_backward": 12}
+HELD_IN_RELAY = 8
 ENOUGH = 8 // WARPS  # blocks for each multiprocessor: cutting segments for more costs more than it brings
 # Bytes of the source's `struct Shared`: B and C of a tile; for every warp groups of four tokens, and one in passing.
 SHARED = 4 * (2 * TILE * STATES + WARPS * (TILE // 4 * (3 * 76 + 4 * 64) + 4 * 64))
 SHORTEST_PIECE = 256  # tokens: cutting costs a second walk over what is cut
 LEGS = 4  # of a segment in a relay
-RELAYED = 1.3  # the most that a relay may take, in the time of two layers of whole segments; three layers take 1.4
+# Of the blocks that it runs at a time. More rows than that are better off with three warps on nearly every scheduler.
+RELAYED = 1.3
 LONGEST_PIECE = 1 << 15  # tokens: the kernels' offsets within a unit are 32 bits wide
 STATIC = True  # compile for the row lengths at hand: addresses then cost no instructions (a sixth of all)
 
@@ -60,7 +63,6 @@ class Walk:
 
     starts: Tensor
     units: Tensor
-    launches: int = 1  # that all blocks of all items are divided among, in order
 
     @property
     def items(self) -> int:
@@ -71,7 +73,7 @@ class Walk:
 class Plan:
     """`units` int32 `[U, 10]` as `struct Unit`; `joined`: those with a parent or a child, parents first.
 
-    `relayed`: how many units get a state from, or hand one on to, another launch of the main pass instead.
+    `rows`: 0, or in a relay, whose items are the units in their order, how many of them are next to each other.
     """
 
     units: Tensor
@@ -80,30 +82,25 @@ class Plan:
     heads: Walk
     tails: Walk
     checkpoints: int
-    relayed: int = 0
+    rows: int = 0
 
 
 def plan(segments: Segments, blocks: int, held: int, device: torch.device, backwards: bool = False) -> Plan:
     """Cut and distribute `segments` for `blocks` blocks of channels on a device that runs `held` blocks at a time."""
     key = ("cuda scan", blocks, held, SHORTEST_PIECE, str(device), backwards)
     if key not in segments._plans:
-        launches = _relay_launches(segments, blocks, device)
-        if launches:
-            segments._plans[key] = _relay(segments, launches, device, backwards)
+        if _is_relay(segments, blocks, device):
+            segments._plans[key] = _relay(segments, device, backwards)
         else:
             segments._plans[key] = _plan(segments, blocks, held, device)
     return segments._plans[key]  # type: ignore[return-value]
 
 
-def _relay_launches(segments: Segments, blocks: int, device: torch.device) -> int:
-    """How many launches a relay takes, 0 where there should be none. A *layer* of blocks is a warp for every scheduler.
-
-    Rows that are a little more than two layers take as long as three. Cut in `LEGS`, and two layers of legs at a time,
-    they take as long as they are.
-    """
-    layer, rows = 4 // WARPS * nvrtc.multiprocessors(device), segments.num_segments * blocks
-    launches = -(-rows * LEGS // (2 * layer))
-    return launches if 2 * layer <= rows and launches <= RELAYED * LEGS and _are_equal_roots(segments) else 0
+def _is_relay(segments: Segments, blocks: int, device: torch.device) -> bool:
+    """Whether rows of one length are enough for all the blocks that a relay runs at a time, and not many more."""
+    chains = segments.num_segments * blocks
+    held = HELD_IN_RELAY // WARPS * nvrtc.multiprocessors(device)
+    return held <= chains <= RELAYED * held and _are_equal_roots(segments)
 
 
 def _are_equal_roots(segments: Segments) -> bool:
@@ -115,31 +112,29 @@ def _are_equal_roots(segments: Segments) -> bool:
     return segments._plans[key]  # type: ignore[return-value]
 
 
-def _relay(segments: Segments, launches: int, device: torch.device, backwards: bool) -> Plan:
+def _relay(segments: Segments, device: torch.device, backwards: bool) -> Plan:
     """Segments of one length in `LEGS` units each: first legs first, or last legs first, one an item."""
     length = int(segments.cu_seqlens[1])
-    step = _up(-(-length // LEGS), TILE)
+    step, tiles = _up(-(-length // LEGS), TILE), -(-length // TILE)
     cuts = [(cut, min(step, length - cut)) for cut in range(0, length, step)]
     units: list[tuple[int, ...]] = []
     for segment in range(segments.num_segments):
         for leg, (cut, tokens) in enumerate(cuts):
             unit, last = len(units), leg + 1 == len(cuts)
             before, after = (unit - 1 if leg else -1), (-1 if last else unit)
-            tiles = segment * -(-length // TILE) + cut // TILE
-            begin = segment * length + cut
-            units.append((begin, tokens, segment, before, -1, tiles, last, False, before, after))
+            tile, begin = segment * tiles + cut // TILE, segment * length + cut
+            units.append((begin, tokens, segment, before, -1, tile, last, False, before, after))
     legs = sorted(range(len(units)), key=lambda u: -(u % len(cuts)) if backwards else u % len(cuts))
-    table = send(torch.tensor(units, dtype=torch.int32), device)
-    none, walk = _sent([0], [], device), _sent(range(len(legs) + 1), legs, device, launches)
-    return Plan(table, none.units, walk, none, none, -(-length // TILE) * segments.num_segments, len(units))
+    table, order, starts, none = _sent(device, itertools.chain(*units), legs, range(len(legs) + 1), [0])
+    nothing, rows = Walk(none, none[:0]), segments.num_segments
+    return Plan(table.view(-1, 10), none[:0], Walk(starts, order), nothing, nothing, tiles * rows, rows)
 
 
-def _sent(starts: Sequence[int], units: Sequence[int], device: torch.device, launches: int = 1) -> Walk:
-    return Walk(
-        send(torch.tensor(starts, dtype=torch.int32), device),
-        send(torch.tensor(units, dtype=torch.int32), device),
-        launches,
-    )
+def _sent(device: torch.device, *tables: Iterable[int]) -> list[Tensor]:
+    """int32 tensors in one copy: a GPU that has nothing to do yet waits for each."""
+    numbers = [list(table) for table in tables]
+    sent = send(torch.tensor([*itertools.chain(*numbers)], dtype=torch.int32), device)
+    return list(sent.split([len(table) for table in numbers]))
 
 
 def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> int:
@@ -182,34 +177,27 @@ def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> P
         (begins[u], lengths[u], owners[u], parents[u], slots.get(u, -1), first_tile[u], lasts[u], has_child[u], -1, -1)
         for u in range(len(begins))
     ]
-
-    def walk(units: Sequence[int]) -> Walk:
-        return _walk(units, lengths, max(1, -(-4 * held // blocks)), device)
-
-    return Plan(
-        send(torch.tensor(rows, dtype=torch.int32).view(-1, 10), device),
-        send(torch.tensor(joined, dtype=torch.int32), device),
-        walk(range(len(begins))),
-        walk([u for u in joined if has_child[u]]),
-        walk([u for u in joined if parents[u] >= 0]),
-        first_tile[-1],
-    )
+    most = max(1, -(-4 * held // blocks))
+    walked = (range(len(begins)), [u for u in joined if has_child[u]], [u for u in joined if parents[u] >= 0])
+    walks = [table for units in walked for table in _walk(units, lengths, most)]
+    table, joined_table, *sent = _sent(device, itertools.chain(*rows), joined, *walks)
+    everything, heads, tails = (Walk(*sent[i : i + 2]) for i in (0, 2, 4))
+    return Plan(table.view(-1, 10), joined_table, everything, heads, tails, first_tile[-1])
 
 
 def _up(x: int, multiple: int) -> int:
     return max(multiple, -(-x // multiple) * multiple)
 
 
-def _walk(units: Sequence[int], lengths: Sequence[int], most: int, device: torch.device) -> Walk:
-    """Spread units over at most `most` rows, longest first to the row with the fewest tokens."""
-    rows: list[list[int]] = [[] for _ in range(min(most, len(units)))]
-    loads = [(0, row) for row in range(len(rows))]
+def _walk(units: Sequence[int], lengths: Sequence[int], most: int) -> tuple[list[int], list[int]]:
+    """Spread units over at most `most` items, longest first to the item with the fewest tokens; as in `Walk`."""
+    items: list[list[int]] = [[] for _ in range(min(most, len(units)))]
+    loads = [(0, item) for item in range(len(items))]
     for unit in sorted(units, key=lambda u: -lengths[u]):
-        load, row = heapq.heappop(loads)
-        rows[row].append(unit)
-        heapq.heappush(loads, (load + lengths[unit], row))
-    starts = [0, *itertools.accumulate(len(row) for row in rows)]
-    return _sent(starts, list(itertools.chain.from_iterable(rows)), device)
+        load, item = heapq.heappop(loads)
+        items[item].append(unit)
+        heapq.heappush(loads, (load + lengths[unit], item))
+    return [0, *itertools.accumulate(map(len, items))], [*itertools.chain(*items)]
 
 
 def unavailable(device: torch.device, A: Tensor | None = None, *others: Tensor | None) -> str | None:
@@ -271,8 +259,9 @@ class _Problem:
             "WARPS": WARPS,
             "SHARED_BYTES": SHARED,
         }
-        # Two warps a scheduler at a time may as well have the registers of three.
-        macros["HELD"] = 8 if _relay_launches(self.segments, self.blocks, self.device) else 12
+        relay = _is_relay(self.segments, self.blocks, self.device)
+        forward, backward = (HELD_IN_RELAY if relay else held for held in HELD.values())
+        macros |= {"RELAY": relay, "HELD_FORWARD": forward, "HELD": backward}
         macros |= {"ALIGNED_ROWS": rows, "ALIGNED_TOKENS": tokens}
         if STATIC:
             # y's gradient, and z where there is none, have the usual row length.
@@ -296,9 +285,9 @@ class _Problem:
         d_out = d_out if d_out.data_ptr() % (4 * d_out.itemsize) == 0 else d_out.clone()
         return {"d_out": d_out, "d_out_stride": self.D}
 
-    def plan(self, held: int, backwards: bool = False) -> Plan:
-        held *= nvrtc.multiprocessors(self.device)
-        return plan(self.segments, self.blocks, held, self.device, backwards)
+    def plan(self, kernel: str) -> Plan:
+        held = HELD[kernel] // WARPS * nvrtc.multiprocessors(self.device)
+        return plan(self.segments, self.blocks, held, self.device, kernel == "scan_backward")
 
     def values(self, plan: Plan) -> dict[str, Any]:
         """What every pass with this plan is given."""
@@ -307,8 +296,8 @@ class _Problem:
         if joined:
             sums = torch.empty(joined, self.Dp, dtype=torch.float32, device=self.device)
             values |= {"starts": self.states(joined), "ends": self.states(joined), "sums": sums}
-        elif plan.relayed:
-            values["starts"] = values["ends"] = self.states(plan.relayed)
+        elif plan.rows:
+            values["starts"] = values["ends"] = self.states(plan.all.items)
         return values
 
     def _vector(self, value: Tensor | None) -> Tensor | None:
@@ -350,13 +339,15 @@ class _Problem:
     def tokens(self) -> Tensor:
         return torch.empty(self.T, self.D, dtype=self.dtype, device=self.device)
 
-    def walk(self, kernel: str, walk: Walk, values: dict[str, Any]) -> None:
+    def walk(self, kernel: str, plan: Plan, walk: Walk, values: dict[str, Any]) -> None:
+        """Every pair of an item and a block of channels; in a relay as turns of the blocks that run at a time."""
         values = values | {"item_starts": walk.starts, "item_units": walk.units}
-        blocks, shared = self.blocks * walk.items, SHARED if kernel == "scan_backward" else 0
-        most = -(-blocks // walk.launches)
-        for first in range(0, blocks, max(1, most)):
-            launched = (min(most, blocks - first), 1)
-            self._module.launch(kernel, launched, 32 * WARPS, values | {"first_block": first}, shared)
+        blocks = pairs = self.blocks * walk.items
+        if plan.rows and pairs:
+            blocks = min(pairs, HELD_IN_RELAY // WARPS * nvrtc.multiprocessors(self.device))
+            turns = torch.zeros(1 + pairs, dtype=torch.int32, device=self.device)
+            values |= {"turns": turns, "num_turns": pairs, "turns_apart": self.blocks * plan.rows}
+        self._module.launch(kernel, (blocks, 1), 32 * WARPS, values, SHARED if kernel == "scan_backward" else 0)
 
     def join(self, kernel: str, values: dict[str, Any]) -> None:
         if values["num_joined"]:
@@ -403,14 +394,14 @@ class SelectiveScan(torch.autograd.Function):
         problem = _Problem(tokens, A, D, delta_bias, segments, joint, log_A)
         laid = problem.laid(tokens)
         problem.compile(laid, delta_softplus)
-        plan = problem.plan(FORWARD_BLOCKS)
+        plan = problem.plan("scan_forward")
         y, checkpoints = problem.tokens(), problem.states(plan.checkpoints)
         finals = problem.states(segments.num_segments) if output_final_state else None
         values = problem.values(plan) | laid | {"initial": problem.padded(initial_state)}
         values |= {"y": y, "checkpoints": checkpoints, "finals": finals}
-        problem.walk("scan_heads", plan.heads, values)
+        problem.walk("scan_heads", plan, plan.heads, values)
         problem.join("join_forward", values)
-        problem.walk("scan_forward", plan.all, values)
+        problem.walk("scan_forward", plan, plan.all, values)
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
@@ -421,21 +412,22 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_finals: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints = ctx.saved_tensors
         problem: _Problem = ctx.problem
-        plan = problem.plan(BACKWARD_BLOCKS, backwards=True)
+        plan = problem.plan("scan_backward")
         values = problem.values(plan) | problem.laid(_tokens(u, delta, B, C, z))
         values |= problem.laid_gradient(torch.zeros_like(u) if d_out is None else d_out)
         values |= {"d_final": problem.padded(d_finals), "checkpoints": checkpoints}
-        problem.walk("scan_tails", plan.tails, values)
+        problem.walk("scan_tails", plan, plan.tails, values)
         problem.join("join_backward", values)
         grads = problem.gradients(gated=z is not None)
-        # Of every item: 16 rows of A, one of D, one of the bias.
-        d_vectors = torch.empty(plan.all.items, STATES + 2, problem.Dp, dtype=torch.float32, device=u.device)
+        # Of every item, or row of a relay: 16 rows of A, one of D, one of the bias.
+        shares = plan.rows or plan.all.items
+        d_vectors = torch.empty(shares, STATES + 2, problem.Dp, dtype=torch.float32, device=u.device)
         d_BC = torch.empty(problem.blocks, problem.T, 2 * STATES, dtype=torch.float32, device=u.device)
         d_initial = None
         if initial_state is not None:
             d_initial = problem.states(problem.segments.num_segments).zero_()
         values |= grads | {"d_BC": d_BC, "d_vectors": d_vectors, "d_initial": d_initial}
-        problem.walk("scan_backward", plan.all, values)
+        problem.walk("scan_backward", plan, plan.all, values)
         d_B, d_C = problem.sum_BC(values)
         d_A, d_D, d_bias = problem.sum_vectors(d_vectors)
         return (

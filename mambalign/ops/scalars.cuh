@@ -43,6 +43,16 @@ __device__ __forceinline__ float4 mma_tf32(float a0, float a1, float a2, float a
 }
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 __device__ __forceinline__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+// What blocks of one launch tell each other: a number that no other gets; a flag that is set, and waited for. All that a
+// block has written and published before it sets a flag is there for one that has waited for it.
+__device__ __forceinline__ int take(int* next) { return atomicAdd(next, 1); }
+__device__ __forceinline__ void publish() { __threadfence(); }
+__device__ __forceinline__ void announce(int* flag) { asm volatile("st.release.gpu.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+__device__ __forceinline__ void await(const int* flag) {
+  int is_set = 0;
+  do asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(is_set) : "l"(flag) : "memory");
+  while (!is_set);
+}
 #endif
 
 // How values of an element type are stored, and read as fp32.

@@ -14,7 +14,8 @@
 // Sums over states end with one shuffle; sums over channels (dB, dC) are products with ones on the tensor cores.
 //
 // Compiled for one element type (IO as in scalars.cuh), with or without the gate z (GATED) and softplus (SOFTPLUS),
-// for 32 * WARPS threads a block and HELD warps of the backward pass a multiprocessor.
+// for 32 * WARPS threads a block, HELD warps of the backward pass a multiprocessor and HELD_FORWARD of the forward pass,
+// and for a RELAY or not. In a relay fewer warps have more registers: the next tile's inputs are read while one is walked.
 
 #define N 16                    // states of a channel
 #define HALF 8                  // of them in one lane
@@ -56,7 +57,9 @@ struct Params {
   io *d_B, *d_C;                        // [T, 16]
   float* d_vectors;                     // [items, 16 + 2, Dp]: the share of every item in dA, dD and the bias' gradient
   float* d_initial;                     // [S, 16, Dp]
-  i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined, first_block;
+  i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined;
+  int* turns;  // of a relay: how many are taken, then for each 1 once it is over
+  i64 num_turns, turns_apart;
 };
 
 __device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
@@ -81,12 +84,13 @@ struct Place {
   int lane, warp, half, own, channel, row, corner, first_channel, block, item;
 };
 
-__device__ __forceinline__ Place place(const Params& p) {
+// index: of a pair of an item and a block of channels.
+__device__ __forceinline__ Place place(const Params& p, int index) {
   Place at;
   at.lane = threadIdx.x % 32, at.warp = threadIdx.x / 32;
   at.half = at.lane / 4 % 2, at.own = at.lane % 4 + at.lane / 8 * 4;
   at.row = at.lane / 4, at.corner = at.lane % 4 * 4;
-  const int index = (int)p.first_block + blockIdx.x, blocks = (int)(PADDED(p) / CHANNELS);
+  const int blocks = (int)(PADDED(p) / CHANNELS);
   at.item = index / blocks, at.block = index % blocks;
   const int first = at.block * CHANNELS + at.warp * LANES;
   at.channel = first + at.own, at.first_channel = first + at.corner;
@@ -115,12 +119,26 @@ __device__ __forceinline__ float& prepared(Numbers& numbers, int c, const Place&
 
 __device__ __forceinline__ int group(int i, const Place& lane) { return lane.row / SUB + i * (8 / SUB); }
 
-// B or C of a tile of tokens; the whole block reads them.
-__device__ __forceinline__ void stage_rows(float (&rows)[TILE][N], const io* from, int stride, int count, int states) {
+// A thread's part of B or C of a tile of tokens, which the whole block reads from shared memory.
+struct Staged {
+  Four part[TILE * N / 4 / THREADS];
+};
+
+__device__ __forceinline__ Staged fetch_rows(const io* from, int stride, int count, int states) {
+  Staged got;
 #pragma unroll
   for (int k = 0; k < TILE * N / 4 / THREADS; ++k) {
     const int t = threadIdx.x / 4 + k * THREADS / 4, n = threadIdx.x % 4 * 4;
-    *(float4*)&rows[t][n] = as_float4(widen(fetch<ALIGNED_ROWS>(from + t * stride + n, t < count ? states - n : 0)).v);
+    got.part[k] = fetch<ALIGNED_ROWS>(from + t * stride + n, t < count ? states - n : 0);
+  }
+  return got;
+}
+
+__device__ __forceinline__ void stage(float (&rows)[TILE][N], const Staged& got) {
+#pragma unroll
+  for (int k = 0; k < TILE * N / 4 / THREADS; ++k) {
+    const int t = threadIdx.x / 4 + k * THREADS / 4, n = threadIdx.x % 4 * 4;
+    *(float4*)&rows[t][n] = as_float4(widen(got.part[k]).v);
   }
 }
 
@@ -152,6 +170,11 @@ __device__ __forceinline__ void prefetch_tile(const io* from, int stride, const 
 // The token tensors at a lane's four channels, from the first token of a unit on. Offsets from there fit 32 bits.
 #define FROM(name) (p.name + (i64)unit.begin * STRIDE(p, name) + lane.first_channel)
 
+// D, or the bias, at the four channels that a lane prepares.
+__device__ __forceinline__ Quad vector(const float* from, const Place& lane) {
+  return from ? quad(from + lane.first_channel) : Quad{};
+}
+
 __device__ __forceinline__ void load_states(float (&states)[HALF], const float* row, const Place& lane, i64 Dp) {
 #pragma unroll
   for (int n = 0; n < HALF; ++n) states[n] = row ? row[(lane.half * HALF + n) * Dp + lane.channel] : 0.f;
@@ -162,18 +185,45 @@ __device__ __forceinline__ void store_states(float* row, const float (&states)[H
   for (int n = 0; n < HALF; ++n) row[(lane.half * HALF + n) * Dp + lane.channel] = states[n];
 }
 
+// In a relay a block takes turn after turn, each a pair of an item and a block of channels, in their order. The one
+// before it on its row is `turns_apart` earlier, so it is taken, and nearly always over. Whoever waits for it waits for a
+// block that runs: none waits for a later turn, so it does not matter how many blocks run at a time.
+__device__ __forceinline__ int next_turn(const Params& p) {
+  __shared__ int turn;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    turn = take(p.turns);
+    if (turn < p.num_turns && turn >= p.turns_apart) await(p.turns + 1 + turn - p.turns_apart);
+  }
+  __syncthreads();
+  return turn;
+}
+
+// What the block has written in this turn is there for the one after it.
+__device__ __forceinline__ void end_turn(const Params& p, int turn) {
+  publish();
+  __syncthreads();
+  if (threadIdx.x == 0) announce(p.turns + 1 + turn);
+}
+
 // Two sums over the two lanes of a channel: half 0 is left with that of `first`, half 1 with that of `second`.
 __device__ __forceinline__ float over_halves(float first, float second, int half) {
   return (half ? second : first) + from_lane_xor(half ? first : second, 4);
 }
 
+// What SUB tokens multiply a lane's states by: all exponentials first, since they take their time.
+__device__ __forceinline__ void decays(float (&decay)[SUB][HALF], const Quad& dt, const float (&A)[HALF]) {
+#pragma unroll
+  for (int i = 0; i < SUB * HALF; ++i) decay[i / HALF][i % HALF] = exp2_fast(dt.v[i / HALF] * A[i % HALF]);
+}
+
 // Walk the units of an item forwards. With OUTPUT: y, checkpoints and final states from the known starts. Without: the
 // state that a unit with a child would end in if it started from zero, and the sum of its step sizes.
 template <bool OUTPUT>
-__device__ __forceinline__ void walk_forward(const Params& p) {
+__device__ __forceinline__ void walk_forward(const Params& p, int index) {
   __shared__ __align__(16) float rows_B[TILE][N], rows_C[OUTPUT ? TILE : 1][N];
   __shared__ __align__(16) struct { Numbers dt, x; } tiles[WARPS][TILE / SUB];
-  const Place lane = place(p);
+  const Place lane = place(p, index);
   auto& groups = tiles[lane.warp];
   const i64 Dp = PADDED(p);
   const int exist = existing(p, lane);
@@ -188,18 +238,32 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
     float sum = 0.f;
     const io *from_delta = FROM(delta), *from_u = FROM(u), *from_z = OUTPUT && GATED ? FROM(z) : 0;
     const io *from_B = p.B + (i64)unit.begin * STRIDE(p, B), *from_C = p.C + (i64)unit.begin * STRIDE(p, C);
+    struct Inputs {
+      Prepared delta, u, z;
+      Staged B, C;
+    };
+    const auto read = [&](int tile) {  // nothing where no tile is
+      const int count = unit.length - tile;
+      Inputs got;
+      got.delta = prepare<true>(from_delta + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
+      got.u = prepare<true>(from_u + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
+      got.z = prepare<OUTPUT && GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
+      got.B = fetch_rows(from_B + tile * STRIDE(p, B), STRIDE(p, B), count, STATES(p));
+      if (OUTPUT) got.C = fetch_rows(from_C + tile * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
+      return got;
+    };
+    Inputs now;
+    Quad bias, skip;
+    if (RELAY) now = read(0), bias = vector(p.bias, lane), skip = vector(p.D, lane);
     for (int tile = 0; tile < unit.length; tile += TILE) {
       const int count = min(TILE, unit.length - tile);
-      const Prepared delta = prepare<true>(from_delta + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
-      const Prepared u = prepare<true>(from_u + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
-      const Prepared z = prepare<OUTPUT && GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
-      const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
-      stage_rows(rows_B, from_B + tile * STRIDE(p, B), STRIDE(p, B), count, STATES(p));
-      if constexpr (OUTPUT) stage_rows(rows_C, from_C + tile * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
+      if (!RELAY) now = read(tile), bias = vector(p.bias, lane);
+      stage(rows_B, now.B);
+      if constexpr (OUTPUT) stage(rows_C, now.C);
       if (OUTPUT) store_states(p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp, h, lane, Dp);
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
-        const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
+        const Quad before_bias = widen(now.delta.row[i]), inputs = widen(now.u.row[i]);
         const float present = here(i, count, lane);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -210,17 +274,20 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
       }
       __syncthreads();
       const int next = tile + TILE, left = unit.length - next;
-      prefetch_tile(from_delta + next * STRIDE(p, delta), STRIDE(p, delta), lane, left, exist);
-      prefetch_tile(from_u + next * STRIDE(p, u), STRIDE(p, u), lane, left, exist);
-      if (OUTPUT && GATED) prefetch_tile(from_z + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
+      Inputs coming;
+      if (RELAY) {
+        coming = read(next);
+      } else {
+        prefetch_tile(from_delta + next * STRIDE(p, delta), STRIDE(p, delta), lane, left, exist);
+        prefetch_tile(from_u + next * STRIDE(p, u), STRIDE(p, u), lane, left, exist);
+        if (OUTPUT && GATED) prefetch_tile(from_z + next * STRIDE(p, z), STRIDE(p, z), lane, left, exist);
+      }
       for (int first = 0; first < count; first += SUB) {
         auto& tokens = groups[first / SUB];
         const Quad dt = quad(own(tokens.dt, lane)), x = quad(own(tokens.x, lane));
         if (!OUTPUT) sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
-        // All exponentials first: they take their time, and nothing has to wait for one.
         float decay[SUB][HALF], y[SUB];
-#pragma unroll
-        for (int i = 0; i < SUB * HALF; ++i) decay[i / HALF][i % HALF] = exp2_fast(dt.v[i / HALF] * A[i % HALF]);
+        decays(decay, dt, A);
 #pragma unroll
         for (int j = 0; j < SUB; ++j) {
           y[j] = 0.f;
@@ -241,13 +308,13 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
             own(tokens.x, lane)[j + lane.half] = over_halves(y[j], y[j + 1], lane.half);
       }
       if (OUTPUT) {
-        const Quad skip = p.D ? quad(p.D + lane.first_channel) : Quad{};
+        if (!RELAY) skip = vector(p.D, lane);
         io* out = p.y + (i64)(unit.begin + tile) * ROW_LENGTH(p) + lane.first_channel;
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
           const int t = lane.row + 8 * i;
-          const Quad inputs = widen(u.row[i]), gates = widen(z.row[i]);
+          const Quad inputs = widen(now.u.row[i]), gates = widen(now.z.row[i]);
           Quad gated;
 #pragma unroll
           for (int c = 0; c < 4; ++c)
@@ -256,6 +323,7 @@ __device__ __forceinline__ void walk_forward(const Params& p) {
         }
       }
       __syncthreads();
+      if (RELAY) now = coming;
     }
     float* last = OUTPUT ? (unit.is_last && p.finals ? p.finals + unit.segment * N * Dp : 0) : p.ends + unit.slot * N * Dp;
     if (last) store_states(last, h, lane, Dp);
@@ -298,10 +366,10 @@ extern "C" __global__ void join_backward(const Params p) {
 }
 
 // Walk units that have a parent backwards from a zero gradient: what reaches the state before their first token.
-__device__ __forceinline__ void walk_tails(const Params& p) {
+__device__ __forceinline__ void walk_tails(const Params& p, int index) {
   __shared__ __align__(16) float rows_C[TILE][N];
   __shared__ __align__(16) struct { Numbers dt, dy; } tiles[WARPS][TILE / SUB];
-  const Place lane = place(p);
+  const Place lane = place(p, index);
   auto& groups = tiles[lane.warp];
   const i64 Dp = PADDED(p);
   const int exist = existing(p, lane);
@@ -318,7 +386,7 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
       const Prepared z = prepare<GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
       const Prepared d_out = prepare<true>(from_d_out + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
       const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
-      stage_rows(rows_C, p.C + (i64)(unit.begin + tile) * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
+      stage(rows_C, fetch_rows(p.C + (i64)(unit.begin + tile) * STRIDE(p, C), STRIDE(p, C), count, STATES(p)));
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         const Quad before_bias = widen(delta.row[i]), gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
@@ -339,8 +407,7 @@ __device__ __forceinline__ void walk_tails(const Params& p) {
         const Quad dt = quad(own(tokens.dt, lane)), d_y = quad(own(tokens.dy, lane));
         sum += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
         float decay[SUB][HALF];
-#pragma unroll
-        for (int i = 0; i < SUB * HALF; ++i) decay[i / HALF][i % HALF] = exp2_fast(dt.v[i / HALF] * A[i % HALF]);
+        decays(decay, dt, A);
 #pragma unroll
         for (int j = SUB - 1; j >= 0; --j)
 #pragma unroll
@@ -394,47 +461,76 @@ __device__ __forceinline__ void leave(Numbers& numbers, const float (&shares)[SU
 
 // Gradients of everything. A tile is walked forwards once to have a state every SUB tokens, then those SUB tokens again,
 // holding states and decays, then backwards.
-__device__ __forceinline__ void walk_backward(const Params& p) {
+__device__ __forceinline__ void walk_backward(const Params& p, int index) {
   DYNAMIC_SHARED(Shared, shared);
   float(&rows_B)[TILE][N] = shared.rows_B, (&rows_C)[TILE][N] = shared.rows_C;
-  const Place lane = place(p);
+  const Place lane = place(p, index);
   Group(&groups)[TILE / SUB] = shared.tiles[lane.warp];
   const i64 Dp = PADDED(p);
   const int exist = existing(p, lane);
   float A[HALF], d_A[HALF], picks[HALF];
   Quad d_bias = Quad{}, d_D = Quad{};  // of the tokens and channels that the lane prepares
   load_states(A, p.A, lane, Dp);
+  // In a relay a row's turns add up in one share of the vectors' gradients, the last turn's, in their order.
+  const Unit& first_unit = p.units[p.item_units[p.item_starts[lane.item]]];
+  float* share = p.d_vectors + (RELAY ? first_unit.segment : lane.item) * (N + 2) * Dp;
+  const bool goes_on = RELAY && first_unit.after >= 0;
+  load_states(d_A, goes_on ? share : 0, lane, Dp);
 #pragma unroll
-  for (int n = 0; n < HALF; ++n) d_A[n] = 0.f, picks[n] = lane.lane / 4 == n ? 1.f : 0.f;
+  for (int n = 0; n < HALF; ++n) picks[n] = lane.lane / 4 == n ? 1.f : 0.f;
   for (int item = p.item_starts[lane.item]; item < p.item_starts[lane.item + 1]; ++item) {
     const Unit unit = p.units[p.item_units[item]];
     float g[HALF];
     const int from = max(unit.slot, unit.after);
     load_states(g, from >= 0 ? p.ends + from * N * Dp : p.d_final ? p.d_final + unit.segment * N * Dp : 0, lane, Dp);
-    for (int tile = unit.length ? (unit.length - 1) / TILE * TILE : -1; tile >= 0; tile -= TILE) {
-      const int count = min(TILE, unit.length - tile);
+    struct Inputs {
+      Prepared delta, u, d_out, z;
+    };
+    struct Starts {
+      Staged B, C;
       float h[HALF];
-      {
-        const Prepared delta = prepare<true>(FROM(delta) + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
-        const Prepared u = prepare<true>(FROM(u) + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
-        const Prepared d_out = prepare<true>(FROM(d_out) + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
-        const Prepared z = prepare<GATED>(GATED ? FROM(z) + tile * STRIDE(p, z) : 0, STRIDE(p, z), lane, count, exist);
-        const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
-        load_states(h, p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp, lane, Dp);
-        stage_rows(rows_B, p.B + (i64)(unit.begin + tile) * STRIDE(p, B), STRIDE(p, B), count, STATES(p));
-        stage_rows(rows_C, p.C + (i64)(unit.begin + tile) * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
+    };
+    const auto count_of = [&](int tile) { return tile < 0 ? 0 : min(TILE, unit.length - tile); };
+    const auto read = [&](int tile) {  // nothing where no tile is
+      const int count = count_of(tile);
+      Inputs got;
+      got.delta = prepare<true>(FROM(delta) + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
+      got.u = prepare<true>(FROM(u) + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
+      got.d_out = prepare<true>(FROM(d_out) + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
+      got.z = prepare<GATED>(GATED ? FROM(z) + tile * STRIDE(p, z) : 0, STRIDE(p, z), lane, count, exist);
+      return got;
+    };
+    const auto read_starts = [&](int tile) {
+      const int count = count_of(tile);
+      Starts got;
+      load_states(got.h, count ? p.checkpoints + (i64)(unit.checkpoint + tile / TILE) * N * Dp : 0, lane, Dp);
+      got.B = fetch_rows(p.B + (i64)(unit.begin + tile) * STRIDE(p, B), STRIDE(p, B), count, STATES(p));
+      got.C = fetch_rows(p.C + (i64)(unit.begin + tile) * STRIDE(p, C), STRIDE(p, C), count, STATES(p));
+      return got;
+    };
+    const int last_tile = unit.length ? (unit.length - 1) / TILE * TILE : -TILE;
+    Inputs now;
+    Starts starts;
+    Quad bias, skip;
+    if (RELAY) now = read(last_tile), starts = read_starts(last_tile), bias = vector(p.bias, lane), skip = vector(p.D, lane);
+    for (int tile = last_tile; tile >= 0; tile -= TILE) {
+      const int count = count_of(tile);
+      if (!RELAY) now = read(tile), starts = read_starts(tile), bias = vector(p.bias, lane);
+      float h[HALF];
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-          const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
-          const Quad gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
-          const float present = here(i, count, lane);
+      for (int n = 0; n < HALF; ++n) h[n] = starts.h[n];
+      stage(rows_B, starts.B), stage(rows_C, starts.C);
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float dt = present * step_size(before_bias.v[c] + bias.v[c]);
-            prepared(groups[group(i, lane)].dt, c, lane) = dt;
-            prepared(groups[group(i, lane)].x, c, lane) = dt * inputs.v[c];
-            prepared(groups[group(i, lane)].dy, c, lane) = d_outs.v[c] * gate(gates.v[c]);
-          }
+      for (int i = 0; i < ROWS; ++i) {
+        const Quad before_bias = widen(now.delta.row[i]), inputs = widen(now.u.row[i]);
+        const Quad gates = widen(now.z.row[i]), d_outs = widen(now.d_out.row[i]);
+        const float present = here(i, count, lane);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float dt = present * step_size(before_bias.v[c] + bias.v[c]);
+          prepared(groups[group(i, lane)].dt, c, lane) = dt;
+          prepared(groups[group(i, lane)].x, c, lane) = dt * inputs.v[c];
+          prepared(groups[group(i, lane)].dy, c, lane) = d_outs.v[c] * gate(gates.v[c]);
         }
       }
       __syncthreads();
@@ -450,13 +546,15 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         tokens.kept[lane.lane] = as_float4(h), tokens.kept[32 + lane.lane] = as_float4(h + 4);
         if (sub + 1 == subs) break;
         const Quad dt = quad(own(tokens.dt, lane)), x = quad(own(tokens.x, lane));
+        float decay[SUB][HALF];
+        decays(decay, dt, A);
 #pragma unroll
         for (int j = 0; j < SUB; ++j)
 #pragma unroll
           for (int n = 0; n < HALF; n += 4) {
             const Quad B = quad(&rows_B[sub * SUB + j][lane.half * HALF + n]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) h[n + i] = exp2_fast(dt.v[j] * A[n + i]) * h[n + i] + x.v[j] * B.v[i];
+            for (int i = 0; i < 4; ++i) h[n + i] = decay[j][n + i] * h[n + i] + x.v[j] * B.v[i];
           }
       }
       for (int sub = subs - 1; sub >= 0; --sub) {
@@ -521,19 +619,18 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         leave(tokens.x, d_x, lane), leave(d_exponents_of(tokens), d_exponents, lane);
       }
       __syncwarp();
-      const Prepared delta = prepare<true>(FROM(delta) + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
-      const Prepared u = prepare<true>(FROM(u) + tile * STRIDE(p, u), STRIDE(p, u), lane, count, exist);
-      const Prepared d_out = prepare<true>(FROM(d_out) + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
-      const Prepared z = prepare<GATED>(GATED ? FROM(z) + tile * STRIDE(p, z) : 0, STRIDE(p, z), lane, count, exist);
-      const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
-      const Quad skip = p.D ? quad(p.D + lane.first_channel) : Quad{};
+      Inputs coming;
+      if (RELAY)
+        coming = read(next), starts = read_starts(next);
+      else  // again, since there were no registers to keep it in
+        now = read(tile), bias = vector(p.bias, lane), skip = vector(p.D, lane);
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         const int t = lane.row + 8 * i;
         if (t >= count) break;
         auto& tokens = groups[group(i, lane)];
-        const Quad before_bias = widen(delta.row[i]), inputs = widen(u.row[i]);
-        const Quad gates = widen(z.row[i]), d_outs = widen(d_out.row[i]);
+        const Quad before_bias = widen(now.delta.row[i]), inputs = widen(now.u.row[i]);
+        const Quad gates = widen(now.z.row[i]), d_outs = widen(now.d_out.row[i]);
         Quad d_u, d_delta, d_z;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -565,11 +662,11 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
         for (int warp = 1; warp < WARPS; ++warp) total = total + shared.tiles[warp][sub].kept[lane.lane];
         if (sub * SUB + lane.lane / 8 < count) to_BC[sub * SUB * 8] = total;
       }
+      if (RELAY) now = coming;
     }
     if (unit.before >= 0) store_states(p.ends + unit.before * N * Dp, g, lane, Dp);
     if (p.d_initial && unit.parent < 0) store_states(p.d_initial + unit.segment * N * Dp, g, lane, Dp);
   }
-  float* share = p.d_vectors + lane.item * (N + 2) * Dp;
   store_states(share, d_A, lane, Dp);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {  // over the lanes that prepare these channels
@@ -578,7 +675,10 @@ __device__ __forceinline__ void walk_backward(const Params& p) {
       d_D.v[c] += from_lane_xor(d_D.v[c], mask);
       d_bias.v[c] += from_lane_xor(d_bias.v[c], mask);
     }
-    if (lane.row < 2) share[(N + lane.row) * Dp + lane.first_channel + c] = lane.row ? d_bias.v[c] : d_D.v[c];
+    if (lane.row < 2) {
+      float& sum = share[(N + lane.row) * Dp + lane.first_channel + c];
+      sum = (goes_on ? sum : 0.f) + (lane.row ? d_bias.v[c] : d_D.v[c]);
+    }
   }
 }
 
@@ -594,7 +694,12 @@ extern "C" __global__ void sum_BC(const Params p) {
   p.d_C[to] = narrow(total.z), p.d_C[to + 1] = narrow(total.w);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_heads(const Params p) { walk_forward<false>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_forward(const Params p) { walk_forward<true>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_tails(const Params p) { walk_tails(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, HELD / WARPS) scan_backward(const Params p) { walk_backward(p); }
+// A pair of an item and a block of channels for each block; in a relay whatever turns it gets.
+#define WALK(walk)                                                                          \
+  if (!RELAY) return walk(p, blockIdx.x);                                                   \
+  for (int turn = next_turn(p); turn < p.num_turns; turn = next_turn(p)) walk(p, turn), end_turn(p, turn)
+
+extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_heads(const Params p) { walk_forward<false>(p, blockIdx.x); }
+extern "C" __global__ void __launch_bounds__(THREADS, HELD_FORWARD / WARPS) scan_forward(const Params p) { WALK(walk_forward<true>); }
+extern "C" __global__ void __launch_bounds__(THREADS, 20 / WARPS) scan_tails(const Params p) { walk_tails(p, blockIdx.x); }
+extern "C" __global__ void __launch_bounds__(THREADS, HELD / WARPS) scan_backward(const Params p) { WALK(walk_backward); }

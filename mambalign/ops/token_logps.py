@@ -54,9 +54,7 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels, log_z, d_hidden, d_weight = ctx.saved_tensors
         if ctx.summed and d_logps.stride() == (0,):
-            scale = d_logps[:1]
-            d_hidden = None if d_hidden is None else (d_hidden * scale).to(hidden.dtype)
-            d_weight = None if d_weight is None else (d_weight * scale).to(weight.dtype)
+            d_hidden, d_weight = _scaled(d_hidden, d_logps[:1], hidden), _scaled(d_weight, d_logps[:1], weight)
             return d_hidden, d_weight, None, None, None, None
         gradients = _Gradients(ctx, hidden, weight)
         for start in range(0, labels.shape[0], ctx.chunk_size):
@@ -89,6 +87,11 @@ class _Gradients:
             self.weight += d_logits.T @ hidden
 
 
+def _scaled(gradient: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
+    """`gradient * scale` in the dtype of `like`, in one pass."""
+    return None if gradient is None else torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=like.dtype))
+
+
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """The matrix product runs in the inputs' own precision, everything after it in fp32 (fp64)."""
     common = torch.promote_types(hidden.dtype, weight.dtype)
@@ -107,6 +110,11 @@ def _torch(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, summ
 def _cuda(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, summed: bool) -> Tensor:
     logps: Tensor = TokenLogps.apply(hidden, weight, labels, chunk_size, cuda_logps, summed)
     return logps
+
+
+def _evenly(rows: int, most: int) -> int:
+    """The size of equal chunks of about `most` rows: a small last one would cost a pass over the weight's gradient."""
+    return max(1, -(-rows // max(1, -(-4 * rows // (5 * most)))))
 
 
 BACKENDS = {"cuda": _cuda, "torch": _torch, "reference": _reference}
@@ -164,5 +172,5 @@ def token_logps(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     held = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
-    rows = chunk_size or max(1, held // weight.shape[0])
+    rows = chunk_size or _evenly(hidden.shape[0], max(1, held // weight.shape[0]))
     return BACKENDS[select_backend(backend, hidden.device, hidden, weight)[0]](hidden, weight, labels, rows, summed)

@@ -87,6 +87,12 @@ static float4 mma_tf32(float a0, float a1, float a2, float a3, float b0, float b
   return {d[0], d[1], d[2], d[3]};
 }
 static void prefetch(const void*) {}
+static int take(int* next) { return (*next)++; }
+static void publish() {}
+static void announce(int* flag) { *flag = 1; }
+static void await(const int* flag) {  // blocks run one after the other: nobody would set it
+  if (!*flag) abort();
+}
 
 typedef unsigned short half_bits;
 static float exp2_fast(float x) { return exp2f(x); }

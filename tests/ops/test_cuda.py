@@ -381,53 +381,55 @@ def test_structs_of_host_and_kernels_agree() -> None:
             assert re.search(rf"#define {name} {value}\b", source.read_text()), name
 
 
-def test_a_relay_of_launches_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a little more than two warps a scheduler go in legs, each launch from where an earlier one left off."""
-    segments = Segments.from_lengths([250, 250], [-1, -1])
-    inputs = scan_inputs(500, 2, torch.float32, D=20, N=16)
-    launched: list[str] = []
+def test_a_relay_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough rows of one length go in legs, each from where the one before it left off."""
+    segments = Segments.from_lengths([270, 270], [-1, -1])
+    inputs = scan_inputs(540, 2, torch.float32, D=20, N=16)
+    launched: list[tuple[str, int]] = []
     launch = emulated.EmulatedModule.launch
 
-    def counted(module: Any, name: str, *args: Any) -> None:
-        launched.append(name)
-        launch(module, name, *args)
+    def counted(
+        module: Any, name: str, grid: tuple[int, int], threads: int, values: dict[str, Any], *args: Any
+    ) -> None:
+        launched.append((name, values.get("num_turns", 0)))
+        launch(module, name, grid, threads, values, *args)
 
     monkeypatch.setattr(emulated.EmulatedModule, "launch", counted)
     options: dict[str, Any] = {"segments": segments, "backend": "cuda", "delta_softplus": True}
     whole = outputs_and_gradients(selective_scan, inputs, **options)
-    assert launched.count("scan_forward") == launched.count("scan_backward") == 1
+    assert ("scan_forward", 0) in launched and ("scan_backward", 0) in launched
     monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", 32)
     launched.clear()
     relayed = outputs_and_gradients(selective_scan, inputs, **options)
-    assert launched.count("scan_forward") == launched.count("scan_backward") == 4
-    assert all(torch.equal(whole[k], relayed[k]) for k in whole if k not in ("A", "D", "delta_bias"))
-    assert_same(relayed, whole, 1e-6)  # sums over items are of more, smaller shares
+    # 270 tokens are 3 legs of 96, since a leg is whole tiles.
+    assert ("scan_forward", 6) in launched and ("scan_backward", 6) in launched
+    assert all(torch.equal(whole[k], relayed[k]) for k in whole if k not in ("D", "delta_bias"))
+    assert_same(relayed, whole, 1e-6)  # sums over tokens in shares
     compare(selective_scan, inputs, torch.float32, segments=segments, delta_softplus=True)
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "D", "launches"),
-    [(4, 2048, 5120, 5), (8, 2048, 5120, 0), (16, 2048, 1536, 0), (2, 2048, 5120, 0), (4, 512, 5120, 0)],
+    ("rows", "length", "D", "goes"),
+    [(4, 2048, 5120, True), (8, 2048, 5120, False), (2, 2048, 5120, False), (4, 512, 5120, False)],
 )
-def test_what_goes_in_a_relay(rows: int, length: int, D: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_in_a_relay(rows: int, length: int, D: int, goes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On 132 multiprocessors: between two and 2.6 warps a scheduler, long enough to be cut, of one length, no forks."""
     monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 132)
     blocks, device = D // (cuda_scan.LANES * cuda_scan.WARPS), torch.device("cpu")
-    assert cuda_scan._relay_launches(Segments.from_lengths([length] * rows, [-1] * rows), blocks, device) == launches
+    assert cuda_scan._is_relay(Segments.from_lengths([length] * rows, [-1] * rows), blocks, device) == goes
     uneven = Segments.from_lengths([length] * (rows - 1) + [length - 1], [-1] * rows)
     forked = Segments.from_lengths([length] * rows, [-1] + [0] * (rows - 1))
-    assert not cuda_scan._relay_launches(uneven, blocks, device)
-    assert not cuda_scan._relay_launches(forked, blocks, device)
+    assert not cuda_scan._is_relay(uneven, blocks, device)
+    assert not cuda_scan._is_relay(forked, blocks, device)
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_a_leg_and_the_one_before_it_are_never_launched_together(backwards: bool) -> None:
-    """The emulation, which runs one block after the other, would not notice."""
-    relay = cuda_scan._relay(Segments.from_lengths([1024] * 3, [-1] * 3), 5, torch.device("cpu"), backwards)
+def test_the_leg_before_one_is_a_round_of_rows_earlier(backwards: bool) -> None:
+    """The emulation, which runs one block after the other, would not notice one that nobody waits for."""
+    relay = cuda_scan._relay(Segments.from_lengths([2048] * 3, [-1] * 3), torch.device("cpu"), backwards)
     order = relay.all.units.tolist()
     for place, unit in enumerate(order):
         before, after = relay.units[unit].tolist()[8:]
         source = (after + 1 if after >= 0 else -1) if backwards else before
-        # A launch is at most as many items as there are rows, since there are at least as many launches as legs.
-        assert source < 0 or order.index(source) == place - 3
-    assert len(order) == 3 * cuda_scan.LEGS and relay.all.launches >= cuda_scan.LEGS
+        assert order.index(source) == place - relay.rows if source >= 0 else place < relay.rows
+    assert len(order) == 3 * cuda_scan.LEGS and relay.rows == 3

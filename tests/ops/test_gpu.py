@@ -112,13 +112,17 @@ def test_scan_cut_into_pieces(shift: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scan_in_a_relay(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches that go on where an earlier one left off, as if the card had one multiprocessor."""
-    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
+@pytest.mark.parametrize("crowded", [False, True], ids=["two blocks", "all blocks of the card"])
+def test_scan_in_a_relay(crowded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Legs that wait for one another: as if the card had one multiprocessor, and with every block it has."""
     monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", 32)
-    segments, inputs = Segments.from_lengths([250, 250], [-1, -1]), scan_inputs(500, 2, dtype, D=64, N=16)
+    channels = 64 * cuda_scan.HELD_IN_RELAY // cuda_scan.WARPS
+    channels *= nvrtc.multiprocessors(torch.device("cuda")) if crowded else 1
+    if not crowded:
+        monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
+    segments, inputs = Segments.from_lengths([270], [-1]), scan_inputs(270, 1, dtype, D=channels, N=16)
     options: dict[str, Any] = {"segments": segments, "delta_softplus": True}
-    assert cuda_scan._relay_launches(segments, 1, torch.device("cuda")) == 4
+    assert cuda_scan._is_relay(segments, channels // 64, torch.device("cuda"))
     theirs = outputs_and_gradients(selective_scan, exact(inputs), backend="reference", **options)
     first, second = (projected(selective_scan, on_gpu(inputs), backend="cuda", **options) for _ in range(2))
     assert_same(first, theirs, TOLERANCE[dtype])
