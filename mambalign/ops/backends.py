@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from typing import Any
 
@@ -71,6 +71,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def send_together(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tables of one dtype, sent in one copy."""
+    sent = send(torch.cat([table.flatten() for table in tables]), device).split([table.numel() for table in tables])
+    return [part.view(table.shape) for part, table in zip(sent, tables, strict=True)]
 
 
 def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:

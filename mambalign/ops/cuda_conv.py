@@ -8,7 +8,7 @@ shape, which is then added to the rows it belongs to: several children of one pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
-from mambalign.ops.backends import add_rows, send
+from mambalign.ops.backends import add_rows, send, send_together
 from mambalign.ops.halves import JointGradient
 from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments
@@ -31,13 +31,34 @@ STATIC = True  # compile for the row lengths at hand: addresses then cost no ins
 
 @dataclass
 class Plan:
-    """`runs` int32 `[R, 5]` as `struct Run`; the tables are int32 `[S, W - 1]`, entries as in `Segments.windows`."""
+    """`runs` int32 `[R, 5]` as `struct Run`, `windows` int32 `[S, W - 1]` before the segments, both on the device.
+
+    What only some calls need is sent when it is asked for: until the first kernel runs, the device waits for the host.
+
+    first, last: int64 `[S, W - 1]` on the host, the windows before and after segments, entries as in
+    `Segments.windows`. used: bool `[S]`, the segments that have tokens.
+    """
 
     runs: Tensor
     windows: Tensor
-    final_windows: Tensor
-    crossing: Crossing  # of the windows before segments
-    leaving: Crossing  # of the windows after them
+    first: Tensor
+    last: Tensor
+    used: Tensor
+
+    @cached_property
+    def final_windows(self) -> Tensor:
+        return send(self.last, self.runs.device)
+
+    @cached_property
+    def crossing(self) -> Crossing:
+        """Of the windows before segments."""
+        used = torch.repeat_interleave(self.used, self.first.shape[1])
+        return _crossing(self.first.flatten(), used, self.runs.device)
+
+    @cached_property
+    def leaving(self) -> Crossing:
+        """Of the windows after them."""
+        return _crossing(self.last.flatten(), torch.ones(self.last.numel(), dtype=torch.bool), self.runs.device)
 
 
 @dataclass
@@ -57,17 +78,11 @@ class Crossing:
 def plan(segments: Segments, width: int, device: torch.device) -> Plan:
     key = ("cuda conv", width, str(device))
     if key not in segments._plans:
-        nonempty = segments.lengths > 0
+        used = segments.lengths > 0
         first = torch.full((segments.num_segments, width), -1)
-        first[nonempty] = segments.windows_at(segments.cu_seqlens[:-1][nonempty], width)
-        last = segments.final_windows(width)
-        segments._plans[key] = Plan(
-            send(_runs(segments), device),
-            send(first.int(), device),
-            send(last, device),
-            _crossing(first.flatten(), torch.repeat_interleave(nonempty, width), device),
-            _crossing(last.flatten(), torch.ones(last.numel(), dtype=torch.bool), device),
-        )
+        first[used] = segments.windows_at(segments.cu_seqlens[:-1][used], width)
+        runs, windows = send_together([_runs(segments), first.int()], device)
+        segments._plans[key] = Plan(runs, windows, first, segments.final_windows(width), used)
     return segments._plans[key]  # type: ignore[return-value]
 
 
@@ -84,7 +99,7 @@ def _crossing(entries: Tensor, used: Tensor, device: torch.device) -> Crossing:
     token_rows = (used & (entries >= 0)).nonzero()[:, 0]
     tokens, place = entries[token_rows].unique(return_inverse=True)
     initial_rows = (used & (entries < 0)).nonzero()[:, 0]
-    return Crossing(*(send(t, device) for t in (token_rows, tokens, place, initial_rows, -1 - entries[initial_rows])))
+    return Crossing(*send_together([token_rows, tokens, place, initial_rows, -1 - entries[initial_rows]], device))
 
 
 def unavailable(device: torch.device, weight: Tensor | None = None, *others: Tensor | None) -> str | None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
-from mambalign.ops.backends import send
+from mambalign.ops.backends import send_together
 from mambalign.ops.halves import JointGradient
 from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments
@@ -131,10 +131,8 @@ def _relay(segments: Segments, device: torch.device, backwards: bool) -> Plan:
 
 
 def _sent(device: torch.device, *tables: Iterable[int]) -> list[Tensor]:
-    """int32 tensors in one copy: a GPU that has nothing to do yet waits for each."""
-    numbers = [list(table) for table in tables]
-    sent = send(torch.tensor([*itertools.chain(*numbers)], dtype=torch.int32), device)
-    return list(sent.split([len(table) for table in numbers]))
+    """int32, on the device."""
+    return send_together([torch.tensor([*table], dtype=torch.int32) for table in tables], device)
 
 
 def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> int:
@@ -402,6 +400,8 @@ class SelectiveScan(torch.autograd.Function):
         problem.walk("scan_heads", plan, plan.heads, values)
         problem.join("join_forward", values)
         problem.walk("scan_forward", plan, plan.all, values)
+        if any(ctx.needs_input_grad):
+            problem.plan("scan_backward")  # made now, while the device is busy: when it is needed, it may wait for it
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
