@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mambalign.data.chat import common_prefix, encode_rendered, render
 from mambalign.generation.engine import Engine
 from mambalign.generation.requests import Delta, Request, Sampling
@@ -120,7 +122,7 @@ class Conversation:
         """Write messages and state into one file, whole or not at all: `path` if it ends in .safetensors, else the file
         `conversation.safetensors` in the folder `path`."""
         said = {str(number): tokens for number, tokens in self._said.items()}
-        state = self.state or State((), ())
+        state = self.state or State(torch.empty(0), torch.empty(0))
         about = {"messages": json.dumps(self.messages), "said": json.dumps(said)}
         state.save(_file(path), about | {"begun": json.dumps(self.state is not None)})
 

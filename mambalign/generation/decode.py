@@ -45,8 +45,12 @@ class Decoder(Stepper):
         self.head = Projection(self, model.lm_head)
         self.norm = Norm(self, model.backbone.norm_f, self.head)
         kind = Mamba2Step if model.config.model_type == "mamba2" else MambaStep
-        self.layers: list[Any] = [kind(self, block) for block in model.backbone.layers]
-        self.window = self.turns = len(self.layers[0].taps)  # phase: where the next inputs go in the rings
+        blocks = model.backbone.layers
+        channels, _, self.window = blocks[0].mixer.conv1d.weight.shape
+        self.turns = self.window  # phase: where the next inputs go in the rings
+        self.rings = self.zeros(len(blocks), 2, self.window, capacity, channels)
+        self.states = self.zeros(len(blocks), capacity, *kind.state_shape(blocks[0].mixer))
+        self.layers: list[Any] = [kind(self, block, number) for number, block in enumerate(blocks)]
         self.logits = self.matrix("logits", capacity, self.head.outputs)
         # Columns that no layer writes: with them the length of a row is sqrt(sum of squares + H eps).
         self.hidden = self.matrix("hidden", capacity, self.norm.size + ALIGNED)
@@ -79,17 +83,21 @@ class Decoder(Stepper):
     # ------------------------------------------------------------------------------------------------- the states
 
     def load(self, row: int, state: LayerState) -> None:
-        for layer, conv, ssm in zip(self.layers, state.conv, state.ssm, strict=True):
-            for back, column in enumerate(conv.unbind(1), 1):
-                layer.ring[:, (self.phase + back) % self.window, row].copy_(column)
-            layer.state[row].copy_(layer.inner(ssm))
+        for back, column in enumerate(state.conv.unbind(2), 1):
+            self.rings[:, :, (self.phase + back) % self.window, row].copy_(column[:, None])
+        self.states[:, row].copy_(self.layers[0].inner(state.ssm))
 
     def read(self, row: int, back: int = 0) -> LayerState:
         assert back == 0, "states are updated in place"
         inputs = slice(self.phase + 1, self.phase + self.window)
-        conv = [layer.ring.flatten(0, 1)[inputs, row].t().contiguous() for layer in self.layers]
-        ssm = [layer.outer(layer.state[row]).clone(memory_format=torch.contiguous_format) for layer in self.layers]
-        return LayerState(tuple(c.to(self.embedding.dtype) for c in conv), tuple(ssm))
+        conv = self.rings.flatten(1, 2)[:, inputs, row].transpose(1, 2).to(self.embedding.dtype, copy=True)
+        ssm = self.layers[0].outer(self.states[:, row]).clone(memory_format=torch.contiguous_format)
+        return LayerState(conv.contiguous(), ssm)
+
+    def move(self, source: int, target: int) -> None:
+        self.tokens[target].copy_(self.tokens[source])
+        self.rings[:, :, :, target].copy_(self.rings[:, :, :, source])
+        self.states[:, target].copy_(self.states[:, source])
 
     def buffers(self) -> list[Tensor]:
         return [x for layer in self.layers for x in (layer.ring.permute(2, 0, 1, 3), layer.state)]
@@ -215,20 +223,18 @@ class Norm:
 class Step:
     """What the layers of all families share.
 
-    ring: `[2, W, rows, channels]`, the last W inputs, each at its place modulo W and written twice: so from any place
-    on, the next W of the 2 W lie in their order, and are summed in it wherever the ring stands.
+    ring: `[2, W, rows, channels]` of the decoder's, the last W inputs, each at its place modulo W and written twice: so
+    from any place on, the next W of the 2 W lie in their order, and are summed in it wherever the ring stands.
     """
 
-    def __init__(self, decoder: Decoder, block: Any):
+    def __init__(self, decoder: Decoder, block: Any, number: int):
         mixer = self.mixer = block.mixer
-        self.decoder = decoder
+        self.decoder, self.ring, self.state = decoder, decoder.rings[number], decoder.states[number]
         self.in_proj, self.out_proj = Projection(decoder, mixer.in_proj), Projection(decoder, mixer.out_proj)
         self.norm = Norm(decoder, block.norm, self.in_proj)
         self.taps = mixer.conv1d.weight.detach().squeeze(1).to(decoder.dtype).t()[:, None].contiguous()
-        window, channels = len(self.taps), mixer.conv1d.weight.shape[0]
-        self.ring = decoder.zeros(2, window, decoder.capacity, channels)
         # The last place of the sum is the bias, written once.
-        self.products = decoder.zeros(window + 1, decoder.capacity, channels)
+        self.products = decoder.zeros(len(self.taps) + 1, *self.ring.shape[2:])
         if mixer.conv1d.bias is not None:
             self.products[-1] = mixer.conv1d.bias.detach()
         self.act = None if mixer.activation in ("silu", "swish") else mixer.act
@@ -269,8 +275,8 @@ class Step:
 class MambaStep(Step):
     """Mamba-1's and Falcon-Mamba's; state `[rows, N, D]`."""
 
-    def __init__(self, decoder: Decoder, block: Any):
-        super().__init__(decoder, block)
+    def __init__(self, decoder: Decoder, block: Any, number: int):
+        super().__init__(decoder, block, number)
         mixer = self.mixer
         # Step sizes are kept negated: softplus(x) is -log_sigmoid(-x).
         self.x_proj, self.dt_proj = Projection(decoder, mixer.x_proj), Projection(decoder, mixer.dt_proj, sign=-1)
@@ -281,11 +287,16 @@ class MambaStep(Step):
         if self.binary:
             self.A *= LOG2_E  # for exp2, which costs half of exp
         self.D = mixer.D.detach().to(decoder.dtype)
-        self.state = decoder.zeros(decoder.capacity, *self.A.shape)
         self.eps = getattr(mixer, "rms_eps", None)
 
+    @staticmethod
+    def state_shape(mixer: Any) -> tuple[int, ...]:
+        channels, states = mixer.A_log.shape
+        return states, channels
+
     def inner(self, state: Tensor) -> Tensor:
-        return state.t()
+        """`[L, D, N]` -> `[L, N, D]`."""
+        return state.transpose(1, 2)
 
     outer = inner
 
@@ -332,8 +343,8 @@ def _normalise(x: Tensor, eps: float) -> None:
 class Mamba2Step(Step):
     """Mamba-2's: G groups of R heads of P channels; state `[rows, G, N, R * P]`."""
 
-    def __init__(self, decoder: Decoder, block: Any):
-        super().__init__(decoder, block)
+    def __init__(self, decoder: Decoder, block: Any, number: int):
+        super().__init__(decoder, block, number)
         mixer = self.mixer
         self.heads, self.groups, self.N = mixer.num_heads, mixer.n_groups, mixer.ssm_state_size
         self.width = mixer.intermediate_size
@@ -350,14 +361,17 @@ class Mamba2Step(Step):
             self.group_size = mixer.norm.group_size
             self.weight = mixer.norm.weight.detach().to(dtype) * self.group_size**0.5
             self.padding = self.group_size * mixer.norm.variance_epsilon
-        self.state = decoder.zeros(decoder.capacity, self.groups, self.N, self.R * self.P)
+
+    @staticmethod
+    def state_shape(mixer: Any) -> tuple[int, ...]:
+        return mixer.n_groups, mixer.ssm_state_size, mixer.intermediate_size // mixer.n_groups
 
     def inner(self, state: Tensor) -> Tensor:
-        """`[H, P, N]` -> `[G, N, R * P]`."""
-        return state.unflatten(0, (self.groups, self.R)).permute(0, 3, 1, 2).flatten(2)
+        """`[L, H, P, N]` -> `[L, G, N, R * P]`."""
+        return state.unflatten(1, (self.groups, self.R)).permute(0, 1, 4, 2, 3).flatten(3)
 
     def outer(self, state: Tensor) -> Tensor:
-        return state.unflatten(2, (self.R, self.P)).permute(0, 2, 3, 1).flatten(0, 1)
+        return state.unflatten(3, (self.R, self.P)).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
     def emit(self, calls: list[Call], rows: slice, plan: Plan, phase: int, x: Tensor, out: Tensor) -> None:
         n, scratch, matrix = plan.rows, self.decoder.scratch, self.decoder.matrix

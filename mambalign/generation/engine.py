@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from mambalign.data.chat import end_of_turn_id
 from mambalign.generation import fused, native
@@ -39,7 +38,7 @@ from mambalign.generation.decode import Decoder
 from mambalign.generation.requests import Completion, Delta, FinishReason, Request, Sampling, TokenLogprob
 from mambalign.generation.sampling import Choice, choose, token_logprobs
 from mambalign.generation.scoring import best_device
-from mambalign.generation.state import LayerState, State, fingerprint
+from mambalign.generation.state import Cache, LayerState, State, fingerprint
 from mambalign.generation.stepper import Stepper
 from mambalign.generation.text import TextStream
 from mambalign.models.checkpoint import load_model, load_tokenizer
@@ -468,17 +467,15 @@ class Engine:
         for row, (prompt, length) in enumerate(parts):
             ids[row, :length] = torch.tensor(prompt.request.prompt[prompt.done : prompt.done + length])
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-        cache = self._cache([*(prompt.state for prompt, _ in parts), *[None] * (len(lengths) - len(parts))])
+        states = [*(prompt.state for prompt, _ in parts), *[None] * (len(lengths) - len(parts))]
+        cache = Cache(len(self.model.backbone.layers), states, self.device)
         hidden = self.model.backbone(
             send(ids, self.device), attention_mask=send(mask, self.device), cache_params=cache, use_cache=True
         ).last_hidden_state
-        layers: Any = cache.layers
-        conv = zip(*(layer.conv_states[0][:, :, 1:].unbind(0) for layer in layers), strict=True)
-        ssm = zip(*(layer.recurrent_states[0].unbind(0) for layer in layers), strict=True)
         done: list[_Prompt] = []
         last: list[int] = []  # their last tokens, in rows laid end to end
-        for row, ((prompt, length), *state) in enumerate(zip(parts, conv, ssm, strict=False)):
-            prompt.state = LayerState(*state)
+        for row, (prompt, length) in enumerate(parts):
+            prompt.state = cache.state(row)
             prompt.done += length
             if prompt.done == len(prompt.request.prompt):
                 done.append(prompt)
@@ -490,24 +487,6 @@ class Engine:
             for at, rows in enumerate(chosen.to(head.weight.dtype).split(HEADS if filled else len(last))):
                 for prompt, logits in zip(done[at * HEADS :], head(rows).to(self.decoder.dtype), strict=False):
                     prompt.logits = logits
-
-    def _cache(self, states: list[LayerState | None]) -> Any:
-        """A transformers cache with a row a state; a text's beginning is a state of zeros."""
-        cache = DynamicCache(config=self.model.config)
-        known = next((state for state in states if state is not None), None)
-        if known is None:
-            return cache
-        for index, (conv, ssm) in enumerate(zip(known.conv, known.ssm, strict=True)):
-            rows = [
-                (torch.zeros_like(conv), torch.zeros_like(ssm))
-                if state is None
-                else (state.conv[index], state.ssm[index])
-                for state in states
-            ]
-            windows, recurrent = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
-            cache.update_conv_state(torch.nn.functional.pad(windows, (1, 0)), index)
-            cache.update_recurrent_state(recurrent, index)
-        return cache
 
     def _fill_slots(self) -> None:
         """Start waiting answers in free slots; each gets its first token from the prompt's logits."""

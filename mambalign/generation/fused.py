@@ -122,13 +122,13 @@ class FusedDecoder(Stepper):
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def load(self, row: int, state: LayerState) -> None:
-        self.windows[self.phase, :, row].copy_(torch.stack(state.conv).transpose(1, 2))
-        self.states[self.phase, :, row].copy_(torch.stack([ssm.t() for ssm in state.ssm]))
+        self.windows[self.phase, :, row].copy_(state.conv.transpose(1, 2))
+        self.states[self.phase, :, row].copy_(state.ssm.transpose(1, 2))
 
     def read(self, row: int, back: int = 0) -> LayerState:
         conv, ssm = (x[self.phase ^ back, :, row].transpose(1, 2).clone(memory_format=torch.contiguous_format)
                      for x in (self.windows, self.states))  # fmt: skip
-        return LayerState(conv.unbind(0), ssm.unbind(0))
+        return LayerState(conv, ssm)
 
     def move(self, source: int, target: int) -> None:
         self.tokens[target].copy_(self.tokens[source])

@@ -95,15 +95,14 @@ class NativeDecoder(Stepper):
         return int(self._held[-1].data_ptr())
 
     def load(self, row: int, state: LayerState) -> None:
-        self.windows[:, row, :, : self.channels] = torch.stack(state.conv).transpose(1, 2)
-        for layer, ssm in zip(self.states, state.ssm, strict=True):
-            layer[row] = _blocks(ssm)
+        self.windows[:, row, :, : self.channels] = state.conv.transpose(1, 2)
+        self.states[:, row] = _blocks(state.ssm)
 
     def read(self, row: int, back: int = 0) -> LayerState:
         assert back == 0, "states are updated in place"
         conv = self.windows[:, row, :, : self.channels].transpose(1, 2).to(self.embedding.dtype, copy=True).contiguous()
         ssm = self.states[:, row].transpose(2, 3).flatten(1, 2)[:, : self.channels].clone()
-        return LayerState(conv.unbind(0), ssm.unbind(0))
+        return LayerState(conv, ssm)
 
     def buffers(self) -> list[Tensor]:
         return [*self.windows, *self.states]
@@ -123,6 +122,7 @@ def _padded(size: int) -> int:
 
 
 def _blocks(by_channel: Tensor) -> Tensor:
-    """`[D, N]` -> `[blocks, N, BLOCK]`, fp32."""
-    rows = pad(by_channel.detach().float(), (0, 0, 0, _padded(len(by_channel)) - len(by_channel)))
-    return rows.unflatten(0, (-1, BLOCK)).transpose(1, 2)
+    """`[.., D, N]` -> `[.., blocks, N, BLOCK]`, fp32."""
+    channels = by_channel.shape[-2]
+    rows = pad(by_channel.detach().float(), (0, 0, 0, _padded(channels) - channels))
+    return rows.unflatten(-2, (-1, BLOCK)).transpose(-2, -1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ FORMAT = "mambalign-state-1"
 
 @dataclass(frozen=True)
 class LayerState:
-    """A tensor a layer. conv: the last W - 1 inputs of the convolution, oldest first, `[channels, W - 1]`, in the
-    weights' dtype. ssm: the recurrence's state, `[D, N]` or Mamba-2's `[H, P, N]`, fp32 (fp64 for fp64 models)."""
+    """Of all L layers. conv: the last W - 1 inputs of the convolution, oldest first, `[L, channels, W - 1]`, in the
+    weights' dtype. ssm: the recurrence's state, `[L, D, N]` or Mamba-2's `[L, H, P, N]`, fp32 (fp64 for fp64 models).
+    """
 
-    conv: tuple[Tensor, ...]
-    ssm: tuple[Tensor, ...]
+    conv: Tensor
+    ssm: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class State(LayerState):
 
     def save(self, path: str | os.PathLike[str], about: dict[str, str] | None = None) -> None:
         """Write one safetensors file, whole or not at all; dtypes as they are. about: texts to keep with it.
+
+        The file has a tensor a layer, `conv.0`, `ssm.0`, `conv.1` ..., and `tokens`.
 
         Raises:
             UserError: the file cannot be written.
@@ -79,7 +83,7 @@ class State(LayerState):
         if about["model"] != fingerprint:
             raise UserError(f"{file}: {_ANOTHER}")
         conv, ssm = (
-            tuple(tensors[f"{kind}.{i}"].to(device or "cpu") for i in range(len(tensors) // 2))
+            torch.stack([tensors[f"{kind}.{i}"] for i in range(len(tensors) // 2)]).to(device or "cpu")
             for kind in ("conv", "ssm")
         )
         return cls(conv, ssm, tuple(tensors["tokens"].tolist()), fingerprint)
@@ -107,6 +111,64 @@ class State(LayerState):
         """UserError where the state is of another model than this."""
         if self.fingerprint != fingerprint:
             raise UserError(f"state: {_ANOTHER}")
+
+
+class Cache:
+    """What the models' mixers ask of a transformers cache, with all layers in one tensor; for one forward pass.
+
+    transformers' own makes, fills and marks two tensors a layer, from which states would be collected layer by layer.
+    `states`: what each row of the pass continues, None for a text's beginning.
+    """
+
+    def __init__(self, layers: int, states: Sequence[LayerState | None], device: torch.device):
+        self.count, self.rows, self.known = layers, len(states), False
+        self.layers: list[_CachedLayer] = []
+        self._windows: dict[int, Tensor] = {}  # given, but not yet their states
+        for row, state in enumerate(states):
+            if state is None:
+                continue
+            if not self.known:
+                conv, ssm = state.conv[0], state.ssm[0]
+                self._make((*conv.shape[:-1], conv.shape[-1] + 1), conv.dtype, ssm.shape, ssm.dtype, device)
+                self.known = True
+            self.conv[:, row, :, 1:].copy_(state.conv)
+            self.ssm[:, row].copy_(state.ssm)
+
+    def _make(
+        self, conv: Sequence[int], conv_dtype: torch.dtype, ssm: Sequence[int], ssm_dtype: torch.dtype, device: Any
+    ) -> None:
+        # A text's beginning is a state of zeros.
+        self.conv = torch.zeros(self.count, self.rows, *conv, dtype=conv_dtype, device=device)
+        self.ssm = torch.zeros(self.count, self.rows, *ssm, dtype=ssm_dtype, device=device)
+        self.layers = [_CachedLayer([c], [s]) for c, s in zip(self.conv.unbind(), self.ssm.unbind(), strict=True)]
+
+    def state(self, row: int) -> LayerState:
+        """Behind the pass; a view, which keeps those of all rows alive."""
+        return LayerState(self.conv[:, row, :, 1:], self.ssm[:, row])
+
+    # ------------------------------------------------------------------------------------------- what mixers call
+
+    def has_previous_state(self, layer: int) -> bool:
+        return self.known
+
+    def update_conv_state(self, window: Tensor, layer: int, **_: Any) -> None:
+        """window: `[rows, channels, W]`, whose oldest column is never read."""
+        self._windows[layer] = window
+
+    def update_recurrent_state(self, state: Tensor, layer: int) -> None:
+        if not self.layers:
+            window = self._windows[layer]
+            self._make(window.shape[1:], window.dtype, state.shape[1:], state.dtype, state.device)
+        self.conv[layer].copy_(self._windows.pop(layer))
+        self.ssm[layer].copy_(state)
+
+
+@dataclass(frozen=True)
+class _CachedLayer:
+    """As transformers names them."""
+
+    conv_states: list[Tensor]
+    recurrent_states: list[Tensor]
 
 
 _ANOTHER = (

@@ -124,11 +124,9 @@ def test_a_row_alone_is_that_row_in_a_full_batch(family: str, dtype: torch.dtype
     zero = decoder.read(0)
 
     def state() -> LayerState:
-        conv, ssm = (
-            tuple(torch.randn(x.shape, generator=generator, device="cuda").to(x.dtype) for x in part)
-            for part in (zero.conv, zero.ssm)
+        return LayerState(
+            *(torch.randn(x.shape, generator=generator, device="cuda").to(x.dtype) for x in (zero.conv, zero.ssm))
         )
-        return LayerState(conv, ssm)
 
     mine, others = state(), [state() for _ in range(7)]
 

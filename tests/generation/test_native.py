@@ -46,9 +46,9 @@ def walked(decoder: Any, rows: int, steps: int = 6, seed: int = 0) -> torch.Tens
     random = torch.Generator().manual_seed(seed)
     for row in range(rows):
         empty = decoder.read(row)
-        filled = [[torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype) for x in kind]
-                  for kind in (empty.conv, empty.ssm)]  # fmt: skip
-        decoder.load(row, type(empty)(tuple(filled[0]), tuple(filled[1])))
+        filled = [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype)
+                  for x in (empty.conv, empty.ssm)]  # fmt: skip
+        decoder.load(row, type(empty)(*filled))
     found = []
     for _ in range(steps):
         decoder.tokens[:rows] = torch.randint(words, (rows,), generator=random)
