@@ -1,9 +1,9 @@
 """Answers from a model, many at once.
 
 A prompt is read by the model's own forward pass, at most `prefill_tokens` tokens between two steps of the answers that
-are running; its state, which has one size whatever it read, is copied into a *slot* for each of its answers. All slots
-step together (`stepper.py`), and a slot that is done takes the next answer. Time per token does not depend on how much
-was read before.
+are running, and the first token of each of its answers is chosen at once. Its state, which has one size whatever it
+read, is copied into a *slot* for each answer that goes on. All slots step together (`stepper.py`), and a slot that is
+done takes the next answer. Time per token does not depend on how much was read before.
 
 **What is guaranteed** of an engine with given weights, `slots` and `prefill_tokens`, on one machine with one number of
 threads: with `exact` (the default) the tokens and log-probabilities of an answer, greedy or drawn, depend on its
@@ -55,6 +55,8 @@ Sink = Callable[[Delta], None]
 BIN, SHORT = 1024, 256
 HEADS = 64  # rows of a product with the head, then
 
+NO_RANDOM = random.Random(0)  # of greedy answers, which draw nothing: seeding one each takes longer than a step's share
+
 
 def make_decoder(model: Any, capacity: int, *, exact: bool = True, step: str = "auto") -> Stepper:
     """The fastest decoder that `model` can have where it is.
@@ -82,7 +84,7 @@ def make_decoder(model: Any, capacity: int, *, exact: bool = True, step: str = "
 
 @dataclass(eq=False)
 class _Prompt:
-    """A request being read, then waiting for slots. `state` and `done` grow; `logits [V]` come with the last token."""
+    """A request being read: `state` is behind `done` of its tokens. `answers` are made when all are read."""
 
     ticket: int
     request: Request
@@ -90,18 +92,14 @@ class _Prompt:
     stream: bool
     state: LayerState | None
     done: int = 0
-    logits: Tensor | None = None
-    started: int = 0  # answers that have got a slot
-
-    @property
-    def waiting(self) -> int:
-        return self.request.sampling.n - self.started
+    answers: list[_Answer] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class _Answer:
-    """An answer in slot `row`, -1 once it needs none; `fed` of its tokens are in the slot's state, `asked` are chosen,
-    on the device at least, and `heard` are known here, its end among them."""
+    """An answer: it waits with its first token and the state `start` for a slot, is in slot `row`, or needs none (row
+    -1). `asked` of its tokens are chosen, on the device at least, and all but one of them are in the slot's state;
+    `heard` are known here, its end among them."""
 
     ticket: int
     index: int
@@ -111,10 +109,11 @@ class _Answer:
     text: TextStream | None
     context: tuple[int, ...]  # what the state covered at its start
     keep_state: bool
-    row: int
+    start: LayerState | None
     seen: Tensor | None = None
+    first: Tensor | None = None  # on the device
+    row: int = -1
     tokens: list[int] = field(default_factory=list)
-    fed: int = 0
     asked: int = 0
     heard: int = 0
     sent: int = 0
@@ -149,10 +148,10 @@ class Engine:
     - `add(request, sink)` at any time; it returns a ticket at once. `sink(delta)` is called within later `step()`s, in
       the order of an answer's tokens; the last delta of each of the n answers has a `finish_reason`. A sink may call
       `add` and `cancel`; what it raises comes out of `step`, and costs no one else a token.
-    - `step()` while there is work: it reads up to `prefill_tokens` of waiting prompts and takes every running answer
-      one token further. On a GPU sinks hear of a token in the next `step()`, when the device is busy with the one
-      after it, unless an answer wants log-probabilities. It returns how many answers are running or waiting; at 0
-      there is nothing to do.
+    - `step()` while there is work: it reads up to `prefill_tokens` of waiting prompts, whose answers get their first
+      tokens, slot or not, and takes every answer in a slot one token further. On a GPU sinks hear of a token in the
+      next `step()`, when the device is busy with the one after it, unless an answer wants log-probabilities. It returns
+      how many answers are running or waiting; at 0 there is nothing to do.
     - `cancel(ticket)` frees what the request holds; its sink is not called again.
 
     Raises:
@@ -191,9 +190,12 @@ class Engine:
         self._bin = min(BIN, self.prefill_tokens) if exact and isinstance(self.decoder, fused.FusedDecoder) else 0
         self.waiting = 0  # answers that have no slot yet
         self._queue: deque[_Prompt] = deque()  # being read
-        self._ready: deque[_Prompt] = deque()  # read, with answers that wait for a slot
-        self._running: list[_Answer] = []  # by row
+        self._ready: deque[_Answer] = deque()  # waiting for a slot
+        self._running: list[_Answer | None] = []  # by row
+        self._holes: list[int] = []  # rows of None in it
+        self._leaving: set[_Answer] = set()  # they need no slot any more, but their last token is not handed out yet
         self._chosen: deque[_Chosen] = deque()  # not handed out yet
+        self._late = 0  # so many of them may stay so until the next step has begun
         self._tickets = itertools.count()
 
     @classmethod
@@ -215,7 +217,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Answers that hold a slot."""
-        return len(self._running)
+        return len(self._running) - len(self._holes)
 
     # ------------------------------------------------------------------------------------------------------ in, out
 
@@ -229,12 +231,16 @@ class Engine:
         """
         found: list[list[list[Delta]]] = []
         tickets: list[int] = []
+        finished = 0
 
         def collect(answers: list[list[Delta]]) -> Sink:
             def sink(delta: Delta) -> None:
+                nonlocal finished
                 answers[delta.index].append(delta)
-                if delta.finish_reason and progress is not None:
-                    progress(1)
+                if delta.finish_reason:
+                    finished += 1
+                    if progress is not None:
+                        progress(1)
 
             return sink
 
@@ -243,9 +249,9 @@ class Engine:
                 answers: list[list[Delta]] = [[] for _ in range(request.sampling.n)]
                 found.append(answers)
                 tickets.append(self._add(request, collect(answers), stream=False))
-            mine = set(tickets)
-            while self._holds(mine):
-                self.step()
+            count = sum(map(len, found))
+            while finished < count and self.step():
+                pass
         except BaseException:
             for ticket in tickets:
                 self.cancel(ticket)
@@ -263,8 +269,8 @@ class Engine:
 
     def _add(self, request: Request, sink: Sink, stream: bool) -> int:
         rows = self.decoder.embedding.shape[0]
-        wrong = next((token for token in request.prompt if not 0 <= token < rows), None)
-        if wrong is not None:
+        if min(request.prompt) < 0 or max(request.prompt) >= rows:
+            wrong = next(token for token in request.prompt if not 0 <= token < rows)
             raise UserError(f"prompt: token {wrong} is none of the model's {rows}; is this another model's tokenizer?")
         if self.tokenizer is None and request.sampling.stop:
             raise UserError("stop: strings need a tokenizer, and this engine has none")
@@ -272,24 +278,16 @@ class Engine:
             request.state.check(self.fingerprint)
         prompt = _Prompt(next(self._tickets), request, sink, stream, request.state)
         self._queue.append(prompt)
-        self.waiting += prompt.waiting
+        self.waiting += request.sampling.n
         return prompt.ticket
 
     def cancel(self, ticket: int) -> None:
         """Drop what is left of a request; nothing happens where it is finished or unknown."""
-        self.waiting -= sum(p.waiting for p in (*self._queue, *self._ready) if p.ticket == ticket)
+        self.waiting -= sum(prompt.request.sampling.n for prompt in self._queue if prompt.ticket == ticket)
         self._queue = deque(prompt for prompt in self._queue if prompt.ticket != ticket)
-        self._ready = deque(prompt for prompt in self._ready if prompt.ticket != ticket)
-        for answer in [answer for answer in (*self._running, *self._unheard()) if answer.ticket == ticket]:
+        held = (*self._running, *self._ready, *self._leaving)
+        for answer in [answer for answer in held if answer is not None and answer.ticket == ticket]:
             self._leave(answer)
-
-    def _holds(self, tickets: set[int]) -> bool:
-        held: Iterable[Any] = itertools.chain(self._running, self._unheard(), self._ready, self._queue)
-        return any(item.ticket in tickets for item in held)
-
-    def _unheard(self) -> list[_Answer]:
-        """Answers that need no slot any more, whose last token is not handed out yet."""
-        return [answer for chosen in self._chosen for answer in chosen.answers if answer.row < 0 and not answer.over]
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -300,44 +298,52 @@ class Engine:
         Raises:
             UserError: the model gives logits that are no numbers.
         """
-        while self._chosen and self._chosen[0].given:  # a sink raised: the others get theirs
-            self._hand_out()
+        self._hand_out_but(self._late)  # a sink raised: the others get theirs
         self._read_prompts()
         self._fill_slots()
-        left = 0
+        self._late = 0
         if self._running:
-            answers = list(self._running)
+            answers = [answer for answer in self._running if answer is not None]
             logits = self.decoder.step(len(answers))
-            for answer in answers:
-                answer.fed += 1
-            left = int(self._choose(answers, logits))
-        while len(self._chosen) > left:
-            self._hand_out()
-        return self.running + self.waiting + len(self._unheard())
+            self._late = int(self._choose(answers, logits))
+        self._hand_out_but(self._late)
+        return self.running + self.waiting + len(self._leaving)
 
-    def _choose(self, answers: list[_Answer], logits: Tensor) -> bool:
-        """Give answers in neighbouring rows their next tokens, from a row of `logits` each, on the device.
+    def _choose(self, answers: list[_Answer], logits: Tensor, first: bool = False) -> bool:
+        """Give answers their next tokens, from a row of `logits` each, on the device; all that run, or `first` tokens.
 
         Returns whether the next step may begin before the tokens are handed out. What it computes for an answer that
         turns out to have ended is lost, and its slot is given away with it.
         """
-        choice, row = choose(logits, answers), answers[0].row
-        self.decoder.tokens[row : row + len(answers)].copy_(choice.tokens)
+        choice = choose(logits, answers)
+        if first:
+            for answer, token in zip(answers, choice.tokens.unbind(), strict=True):
+                answer.first = token
+        else:
+            self.decoder.tokens[: len(answers)].copy_(choice.tokens)
         self._chosen.append(_Chosen(answers, choice, logits))
         remembers = self.decoder.remembered > 1
-        ahead = self.ahead and all(a.sampling.logprobs is None and (remembers or not a.keep_state) for a in answers)
+        ahead = self.ahead
         for answer in answers:
             answer.asked += 1
-        for answer in answers:
-            if ahead and not answer.keep_state and answer.asked == answer.sampling.max_new_tokens:
-                self._vacate(answer)
+            if answer.sampling.logprobs is not None or (answer.keep_state and not remembers):
+                ahead = False
+        if ahead and not first:
+            for answer in answers:
+                if answer.asked == answer.sampling.max_new_tokens and not answer.keep_state:
+                    self._vacate(answer)
+                    self._leaving.add(answer)
         return ahead
+
+    def _hand_out_but(self, left: int) -> None:
+        while len(self._chosen) > left:
+            self._hand_out()
 
     def _hand_out(self) -> None:
         """The oldest of what is chosen; where a sink raises, the rest of it is handed out in the next step."""
         chosen = self._chosen[0]
         tokens = chosen.choice.read()
-        if any(token < 0 and not answer.over for answer, token in zip(chosen.answers, tokens, strict=True)):
+        if min(tokens) < 0 and any(t < 0 and not a.over for a, t in zip(chosen.answers, tokens, strict=True)):
             self._chosen.popleft()
             raise UserError("the model gives logits that are no numbers; its weights are damaged or overflow")
         while chosen.given < len(tokens):
@@ -391,23 +397,28 @@ class Engine:
 
     def _state(self, answer: _Answer) -> State:
         """Before a step that was begun already, whose token the answer does not need."""
-        back = answer.asked - answer.heard
-        layers = self.decoder.read(answer.row, back)
-        tokens = (*answer.context, *answer.tokens[: answer.fed - back])
+        if answer.start is not None:  # it never had a slot
+            conv = answer.start.conv.to(self.decoder.embedding.dtype, copy=True).contiguous()
+            layers = LayerState(conv, answer.start.ssm.to(self.decoder.dtype, copy=True).contiguous())
+        else:
+            layers = self.decoder.read(answer.row, answer.asked - answer.heard)
+        tokens = (*answer.context, *answer.tokens[: answer.heard - 1])
         return State(layers.conv, layers.ssm, tokens, self.fingerprint)
 
     def _leave(self, answer: _Answer) -> None:
         answer.over = True
         if answer.row >= 0:
             self._vacate(answer)
+        elif answer in self._leaving:
+            self._leaving.remove(answer)
+        else:
+            self._ready.remove(answer)
+            self.waiting -= 1
 
     def _vacate(self, answer: _Answer) -> None:
-        """Free the answer's slot; the last one moves into it, so that running slots lie together."""
-        last = self._running.pop()
-        if last is not answer:
-            self.decoder.move(last.row, answer.row)
-            self._running[answer.row] = last
-            last.row = answer.row
+        """Free the answer's slot; `_fill_slots` sees to it that running ones lie together."""
+        self._running[answer.row] = None
+        self._holes.append(answer.row)
         answer.row = -1
 
     # ------------------------------------------------------------------------------------------------------- prompts
@@ -417,8 +428,8 @@ class Engine:
 
         A pass of a few short prompts costs there what one of many does, and slots come free one at a time.
         """
-        free, together = self.slots - self.running - sum(prompt.waiting for prompt in self._ready), not self.exact
-        size = self._bin or (min(BIN, self.prefill_tokens) if self.ahead and together else 0)
+        free = self.slots - self.running - len(self._ready)
+        size = self._bin or (min(BIN, self.prefill_tokens) if self.ahead and not self.exact else 0)
         budget, short = self.prefill_tokens, 0
         parts: list[tuple[_Prompt, int]] = []
         for prompt in self._queue:
@@ -429,16 +440,20 @@ class Engine:
             if budget <= 0 or (parts and length > budget):
                 break
             parts.append((prompt, length))
-            free, budget = free - prompt.waiting, budget - length
+            free, budget = free - prompt.request.sampling.n, budget - length
             short += length if length <= SHORT else 0
-        if together:
-            if parts:
-                self._read(parts)
-        else:
-            for group in self._apart(parts):
-                self._read(group)
-        while self._queue and self._queue[0].logits is not None:
-            self._ready.append(self._queue.popleft())
+        groups = self._apart(parts) if self.exact else [parts] if parts else []
+        ahead = all([self._read(group) for group in groups])
+        while self._queue and self._queue[0].answers:
+            for answer in self._queue.popleft().answers:
+                if answer.sampling.max_new_tokens > 1:
+                    self._ready.append(answer)
+                else:
+                    self._leaving.add(answer)
+                    self.waiting -= 1
+        if not ahead:
+            self._late = 0
+            self._hand_out_but(0)
 
     def _apart(self, parts: list[tuple[_Prompt, int]]) -> list[list[tuple[_Prompt, int]]]:
         """One a pass; or short ones in passes of one size (see BIN)."""
@@ -456,22 +471,23 @@ class Engine:
             room -= part[1]
         return groups
 
-    def _read(self, parts: list[tuple[_Prompt, int]]) -> None:
-        """Read the next `length` tokens of each prompt, in one forward pass without padding."""
+    def _read(self, parts: list[tuple[_Prompt, int]]) -> bool:
+        """Read the next `length` tokens of each prompt, in one forward pass without padding, and begin the answers of
+        those that end. Returns whether a step may begin before these are heard of."""
         lengths = [length for _, length in parts]
         filled = bool(self._bin) and max(lengths) <= SHORT
         missing = self._bin - sum(lengths) if filled else 0
         lengths += [min(SHORT, missing - at) for at in range(0, missing, SHORT)]
         longest = max(lengths)
-        ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
-        for row, (prompt, length) in enumerate(parts):
-            ids[row, :length] = torch.tensor(prompt.request.prompt[prompt.done : prompt.done + length])
+        rows = [(*p.request.prompt[p.done : p.done + n], *[0] * (longest - n)) for p, n in parts]
+        rows += [(0,) * longest] * (len(lengths) - len(parts))
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
         states = [*(prompt.state for prompt, _ in parts), *[None] * (len(lengths) - len(parts))]
         cache = Cache(len(self.model.backbone.layers), states, self.device)
         hidden = self.model.backbone(
-            send(ids, self.device), attention_mask=send(mask, self.device), cache_params=cache, use_cache=True
-        ).last_hidden_state
+            send(torch.tensor(rows), self.device), attention_mask=send(mask, self.device), cache_params=cache,
+            use_cache=True,
+        ).last_hidden_state  # fmt: skip
         done: list[_Prompt] = []
         last: list[int] = []  # their last tokens, in rows laid end to end
         for row, (prompt, length) in enumerate(parts):
@@ -480,50 +496,68 @@ class Engine:
             if prompt.done == len(prompt.request.prompt):
                 done.append(prompt)
                 last.append(row * longest + length - 1)
+        ahead = True
         if done:
             last += [0] * (-len(last) % HEADS) if filled else []
             chosen = hidden.flatten(0, 1).index_select(0, send(torch.tensor(last), self.device))
             head = self.model.lm_head
-            for at, rows in enumerate(chosen.to(head.weight.dtype).split(HEADS if filled else len(last))):
-                for prompt, logits in zip(done[at * HEADS :], head(rows).to(self.decoder.dtype), strict=False):
-                    prompt.logits = logits
+            for at, part in enumerate(chosen.to(head.weight.dtype).split(HEADS if filled else len(last))):
+                prompts = done[at * HEADS :][: len(part)]
+                ahead &= self._begin(prompts, head(part).to(self.decoder.dtype)[: len(prompts)])
+        return ahead
 
-    def _fill_slots(self) -> None:
-        """Start waiting answers in free slots; each gets its first token from the prompt's logits."""
-        while self._ready and self.running < self.slots:
-            answers: list[_Answer] = []
-            logits: list[Tensor] = []
-            while self._ready and self.running < self.slots:
-                prompt = self._ready[0]
-                assert prompt.logits is not None
-                answers.append(self._start(prompt))
-                logits.append(prompt.logits)
-                if not prompt.waiting:
-                    self._ready.popleft()
-            if not self._choose(answers, torch.stack(logits)):
-                while self._chosen:
-                    self._hand_out()
+    def _begin(self, prompts: list[_Prompt], logits: Tensor) -> bool:
+        """Make the answers to `prompts` and choose their first tokens, from the prompt's row of `logits`."""
+        for prompt in prompts:
+            prompt.answers = [self._answer(prompt, index) for index in range(prompt.request.sampling.n)]
+        answers = [(row, answer) for row, prompt in enumerate(prompts) for answer in prompt.answers]
+        ahead = True
+        most = max(self.slots, HEADS)  # many answers to one prompt take no more memory than a step
+        for at in range(0, len(answers), most):
+            rows, part = zip(*answers[at : at + most], strict=True)
+            alike = rows == tuple(range(len(logits)))
+            own = logits if alike else logits.index_select(0, send(torch.tensor(rows), self.device))
+            ahead &= self._choose(list(part), own, first=True)
+        return ahead
 
-    def _start(self, prompt: _Prompt) -> _Answer:
-        request, index = prompt.request, prompt.started
-        prompt.started += 1
-        self.waiting -= 1
-        sampling = request.sampling
+    def _answer(self, prompt: _Prompt, index: int) -> _Answer:
+        request, sampling = prompt.request, prompt.request.sampling
         before = request.state.tokens if request.state is not None else ()
         context = (*before, *request.prompt)
         seen = None
         if sampling.repetition_penalty != 1:
             seen = torch.zeros(self.decoder.logits.shape[1], dtype=torch.bool, device=self.device)
             seen.index_fill_(0, send(torch.tensor(context), self.device), True)
+        drawn = random.Random(sampling.answer_seed(context, index)) if sampling.temperature > 0 else NO_RANDOM
         text = TextStream(self.tokenizer, sampling.stop) if prompt.stream or sampling.stop else None
-        answer = _Answer(
-            prompt.ticket, index, sampling, prompt.sink, random.Random(sampling.answer_seed(context, index)), text,
-            context, request.keep_state, row=self.running, seen=seen,
-        )  # fmt: skip
-        assert prompt.state is not None
-        self.decoder.load(answer.row, prompt.state)
-        self._running.append(answer)
-        return answer
+        return _Answer(
+            prompt.ticket, index, sampling, prompt.sink, drawn, text, context, request.keep_state, prompt.state, seen
+        )
+
+    def _fill_slots(self) -> None:
+        """Put waiting answers into free slots, holes first; then close the holes that no one took."""
+        while self._ready and self.running < self.slots:
+            answer = self._ready.popleft()
+            self.waiting -= 1
+            if self._holes:
+                answer.row = self._holes.pop()
+                self._running[answer.row] = answer
+            else:
+                answer.row = len(self._running)
+                self._running.append(answer)
+            assert answer.start is not None and answer.first is not None
+            self.decoder.load(answer.row, answer.start)
+            self.decoder.tokens[answer.row].copy_(answer.first)
+            answer.start = answer.first = None
+        for hole in sorted(self._holes):
+            while self._running and self._running[-1] is None:
+                self._running.pop()
+            if hole < len(self._running):
+                last = self._running.pop()
+                assert last is not None
+                self.decoder.move(last.row, hole)
+                self._running[hole], last.row = last, hole
+        self._holes.clear()
 
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

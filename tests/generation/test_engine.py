@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.generation import logits_process
 
 from mambalign.generation import stepper
@@ -268,7 +269,7 @@ def test_a_long_prompt_does_not_hold_up_running_answers(mamba: Engine) -> None:
         lengths.append(sum(len(delta.tokens) for delta in arrived))
     assert len(lengths) == 10 and all(b >= a for a, b in pairwise(lengths))
     running = mamba._running[0]
-    assert len(running.tokens) == 12  # one a step, however much was read beside it
+    assert running is not None and len(running.tokens) == 12  # one a step, however much was read beside it
     while mamba.step():
         pass
 
@@ -554,6 +555,11 @@ def test_a_state_is_continued_forked_and_kept_on_disk(engine: Engine, tmp_path: 
     first.state.save(tmp_path / "s.safetensors")
     loaded = State.load(tmp_path / "s.safetensors", engine.fingerprint)
     assert all(map(torch.equal, (*loaded.conv, *loaded.ssm), (*first.state.conv, *first.state.ssm)))
+    with safe_open(tmp_path / "s.safetensors", framework="pt") as file:  # a tensor a layer, as ever
+        assert {name: list(file.get_slice(name).get_shape()) for name in file.keys() if name != "tokens"} == {  # noqa: SIM118
+            f"{kind}.{i}": list(part[i].shape)
+            for kind, part in (("conv", loaded.conv), ("ssm", loaded.ssm)) for i in range(len(part))
+        }  # fmt: skip
     assert loaded.tokens == first.state.tokens
     rest = Request(whole[7:8], replace(GREEDY, n=1, max_new_tokens=12), loaded)
     other = Request((5, 6), rest.sampling, loaded)

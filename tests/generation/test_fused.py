@@ -195,6 +195,87 @@ def test_no_step_is_spent_on_answers_that_have_their_length(both: tuple[Engine, 
     assert counts[0] == counts[1] == sum(n - 1 for n in (5, 9, 2, 1, 7, 12, 3))
 
 
+def test_a_hole_is_filled_before_anything_moves(both: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves close holes that no answer waits for, one each; and a step makes one choice, whoever begins in it."""
+    for engine in both:
+        moves: list[tuple[int, int, int]] = []
+        counts = {"choose": 0, "step": 0, "read": 0}
+
+        def counted(name: str, real: Any, counts: dict[str, int] = counts) -> Any:
+            def call(*args: Any) -> Any:
+                counts[name] += 1
+                return real(*args)
+
+            return call
+
+        def move(source: int, target: int, engine: Engine = engine, moves: Any = moves, real: Any = None) -> None:
+            moves.append((source, target, engine.waiting))
+            type(engine.decoder).move(engine.decoder, source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.decoder, "move", move)
+            patched.setattr(engines, "choose", counted("choose", engines.choose))
+            patched.setattr(engine.decoder, "step", counted("step", engine.decoder.step))
+            patched.setattr(engine, "_read", counted("read", engine._read))
+            requests = [Request(prompt(n), replace(GREEDY, max_new_tokens=n)) for n in (5, 9, 2, 7, 12, 3, 4, 6, 8)]
+            engine.generate(requests)
+            assert moves and all(waiting == 0 for *_, waiting in moves), moves
+            assert counts["choose"] == counts["step"] + counts["read"]
+            moves.clear()
+            # Three end in one step: the fourth closes the first hole, and nothing that is about to go moves.
+            engine.generate([Request(prompt(5, n), replace(GREEDY, max_new_tokens=n)) for n in (4, 4, 4, 9)])
+            assert moves == [(3, 0, 0)]
+
+
+def test_answers_of_one_token_take_no_slot(both: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do those that end with their first; the state behind one is the prompt's."""
+    usual, ahead = both
+    longer = usual.generate([Request(prompt(5), replace(GREEDY, max_new_tokens=2), keep_state=True)])
+    state = only(longer).state
+    assert state is not None
+    reread = [Request(prompt(5), replace(GREEDY, max_new_tokens=1), keep_state=True)]
+    for engine in both:
+        with monkeypatch.context() as patched:
+            patched.delattr(type(engine.decoder), "load")
+            ((answer,),) = engine.generate(reread)
+        assert answer.tokens == only(longer).tokens[:1] and answer.state is not None
+        assert answer.state.tokens == prompt(5) and answer.state.conv.dtype == state.conv.dtype
+        rest = Request(answer.tokens, replace(GREEDY, max_new_tokens=1), answer.state)
+        assert only(engine.generate([rest])).tokens == only(longer).tokens[1:]
+        assert engine.running == engine.waiting == 0 and engine.step() == 0
+    # More answers than slots to one prompt that begins with an end: slots are for the others.
+    usual.ends = ahead.ends = frozenset(only(longer).tokens[:1])
+    ending = Request(prompt(5), replace(GREEDY, n=9, ignore_end=False), keep_state=True)
+    for engine in both:
+        found = engine.generate([ending, *reread])
+        assert all(a.tokens == () and a.finish_reason == "stop" for a in found[0])
+        assert all(a.state is not None and a.state.tokens == prompt(5) for a in found[0])
+        assert engine.running == engine.waiting == 0 and engine.step() == 0
+
+
+def test_a_sink_that_raises_before_logprobs_are_read(both: tuple[Engine, Engine]) -> None:
+    """Tokens of a step begun early raise, while those of the next, whose logits are to be read, are not handed out."""
+    usual, engine = both
+    wanted = Request(prompt(7), replace(GREEDY, logprobs=2, max_new_tokens=9))
+    expected, got = only(usual.generate([wanted])), []
+    raised = 0
+
+    def sink(delta: Delta) -> None:
+        raise RuntimeError("a sink's own")
+
+    for length in (3, 4, 5, 6):  # `wanted` waits for the slot of the first
+        engine.add(Request(prompt(9), replace(GREEDY, max_new_tokens=length)), sink)
+    engine.add(wanted, got.append)
+    while True:
+        try:
+            if not engine.step():
+                break
+        except RuntimeError:
+            raised += 1
+    assert raised > 8
+    assert tuple(item for delta in got for item in delta.logprobs or ()) == expected.logprobs
+
+
 def test_cancelling_between_a_step_and_its_tokens(both: tuple[Engine, Engine]) -> None:
     usual, ahead = both
     kept = Request(prompt(9), replace(GREEDY, max_new_tokens=12))
