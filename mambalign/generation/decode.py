@@ -41,6 +41,7 @@ class Decoder(Stepper):
         super().__init__(weight.device, capacity, step)
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype], Tensor] = {}  # of it, as the program made last uses them in the end
         self.embedding = effective_weight(model.backbone.embeddings)
         self.head = Projection(self, model.lm_head)
         self.norm = Norm(self, model.backbone.norm_f, self.head)
@@ -65,11 +66,14 @@ class Decoder(Stepper):
         key, size = (name, dtype or self.dtype), math.prod(shape)
         if key not in self._scratch or self._scratch[key].numel() < size:
             self._scratch[key] = torch.zeros(size, dtype=key[1], device=self.device)
-        return self._scratch[key][:size].view(shape)
+        self._views[key] = self._scratch[key][:size].view(shape)
+        return self._views[key]
 
     def matrix(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         """A scratch buffer that products read or write."""
-        return self.scratch(name, rows, -(-columns // ALIGNED) * ALIGNED, dtype=dtype)[:, :columns]
+        padded = self.scratch(name, rows, -(-columns // ALIGNED) * ALIGNED, dtype=dtype)
+        self._views[name, padded.dtype] = padded[:, :columns]
+        return padded[:, :columns]
 
     def steady(self, size: int) -> bool:
         """Whether all loops over rows of `size` elements are whole vectors.
@@ -104,30 +108,35 @@ class Decoder(Stepper):
 
     # ------------------------------------------------------------------------------------------------- the step
 
+    def intermediates(self) -> list[Tensor]:
+        return [self.hidden, *self._views.values()]
+
     def program(self, plan: Plan, start: int, phase: int) -> list[Call]:
         """The calls that take rows `start ...` one token further, with the rings at `phase`."""
         rows, wide = slice(start, start + plan.rows), slice(start, start + plan.width)
         hidden = self.hidden[wide, : self.norm.size]
+        self._views.clear()
         calls: list[Call] = []
         embedded = self.scratch("embedded", plan.width, self.norm.size, dtype=self.embedding.dtype)
         calls.append(partial(torch.index_select, self.embedding, 0, self.tokens[wide], out=embedded))
         calls.append(partial(hidden.copy_, embedded))
         normed = self.matrix("normed", plan.width, self.norm.size)
         for layer in self.layers:
-            self.norm_of(layer.norm, calls, rows, normed[: plan.rows])
+            self.norm_of(layer.norm, calls, wide, normed, plan.rows)
             layer.emit(calls, rows, plan, phase, normed, hidden)
-        self.norm_of(self.norm, calls, rows, normed[: plan.rows])
+        self.norm_of(self.norm, calls, wide, normed, plan.rows)
         self.head.emit(calls, normed, self.logits[wide])
         return calls
 
-    def norm_of(self, norm: Norm, calls: list[Call], rows: slice, out: Tensor) -> None:
-        length = self.scratch("length", out.shape[0], 1)
+    def norm_of(self, norm: Norm, calls: list[Call], wide: slice, out: Tensor, rows: int) -> None:
+        """The first `rows` of `out`. Sums go over as many rows as products: a GPU orders them by the number of rows."""
+        hidden, length = self.hidden[wide], self.scratch("length", len(out), 1)
         calls += [
-            partial(torch.linalg.vector_norm, self.hidden[rows], 2, 1, True, out=length),
-            partial(torch.div, self.hidden[rows, : self.norm.size], length, out=out),
+            partial(torch.linalg.vector_norm, hidden, 2, 1, True, out=length),
+            partial(torch.div, hidden[:rows, : self.norm.size], length[:rows], out=out[:rows]),
         ]
         if norm.weight is not None:
-            calls.append(partial(out.mul_, norm.weight))
+            calls.append(partial(out[:rows].mul_, norm.weight))
 
 
 # ---------------------------------------------------------------------------------------------------------- parts
@@ -314,10 +323,11 @@ class MambaStep(Step):
             self.activate(calls, u[:n])
             self.silu(calls, z[:n])
         self.x_proj.emit(calls, u, low)
-        B, C = low[:n, rank : rank + N], low[:n, rank + N :]
-        if self.eps is not None:
-            for part in (low[:n, :rank], B, C):
+        B, C = low[:, rank : rank + N], low[:, rank + N :]
+        if self.eps is not None:  # of all rows, as in `norm_of`
+            for part in (low[:, :rank], B, C):
                 calls.append(partial(_normalise, part, self.eps))
+        B, C = B[:n], C[:n]
         self.dt_proj.emit(calls, low[:, :rank], dt)
         mixed, dt, u, y, z, state = y, dt[:n], u[:n], y[:n], z[:n], self.state[rows]
         decay = scratch("decay", n, N, D)
@@ -387,7 +397,8 @@ class Mamba2Step(Step):
         self.activate(calls, convolved)
         u, B, C = convolved.split([self.width, G * N, G * N], dim=1)
         dt, decay, du = scratch("dt", n, self.heads), scratch("decay", n, self.heads), scratch("du", n, G, R, P)
-        packed, y = scratch("C", n, G * N), scratch("y", n, self.width)
+        packed, whole = scratch("C", n, G * N), scratch("y", plan.width, self.width)
+        y = whole[:n]
         state = self.state[rows]
         by_head = state.unflatten(3, (R, P))
         calls += [
@@ -410,20 +421,21 @@ class Mamba2Step(Step):
         if self.kind == GATE_FIRST:
             calls.append(partial(y.mul_, z))
         if self.kind != NO_NORM:
-            self._norm(calls, y)
+            self._norm(calls, whole, n)
         calls.append(
             partial(mixed[:n].copy_, y) if self.kind == GATE_FIRST else partial(torch.mul, y, z, out=mixed[:n])
         )
         self.out_proj.emit(calls, mixed, out, add=True)
 
-    def _norm(self, calls: list[Call], y: Tensor) -> None:
-        grouped = y.unflatten(1, (-1, self.group_size))
+    def _norm(self, calls: list[Call], whole: Tensor, rows: int) -> None:
+        """In place, of the first rows; sums go over all (see `Decoder.norm_of`)."""
+        y, grouped = whole[:rows], whole.unflatten(1, (-1, self.group_size))
         length = self.decoder.scratch("group length", *grouped.shape[:2], 1)
         calls += [
             partial(torch.linalg.vector_norm, grouped, 2, 2, True, out=length),
             length.square_,
             partial(length.add_, self.padding),
             length.sqrt_,
-            partial(grouped.div_, length),
+            partial(grouped[:rows].div_, length[:rows]),
             partial(y.mul_, self.weight),
         ]

@@ -138,6 +138,9 @@ class FusedDecoder(Stepper):
     def buffers(self) -> list[Tensor]:
         return [*self.windows.flatten(0, 1), *self.states.flatten(0, 1)]
 
+    def intermediates(self) -> list[Tensor]:
+        return list(self._buffers.values())
+
     def program(self, plan: Plan, start: int, phase: int) -> list[Call]:
         rows = slice(start, start + plan.width)
         buffers = {name: buffer[rows] for name, buffer in self._buffers.items()}

@@ -86,7 +86,8 @@ def warped(scores: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, order = scores.sort(dim=-1, stable=True)
-        out = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        # A GPU orders running sums by the number of rows: in fp32 a token at the edge could come and go with the batch.
+        out = ordered.softmax(-1).cumsum(-1, dtype=torch.float64) <= 1 - top_p
         out[:, -1] = False
         scores = scores.masked_fill(out.scatter(1, order, out), -torch.inf)
     if min_p > 0:
