@@ -305,7 +305,7 @@ def behind(options: Options, length: int, model: Any, other: Any, bytes_a_second
     engine = Engine(model, None, slots=1)
     state = engine.generate([Request(context, sampling(1), keep_state=True)])[0][0].state
     assert state is not None
-    held = {OURS: sum(tensor.numel() * tensor.element_size() for tensor in (*state.conv, *state.ssm))}
+    held = {OURS: sum(tensor.numel() * tensor.element_size() for tensor in (state.conv, state.ssm))}
     runs: dict[str, Callable[[int], Any]] = {
         OURS: lambda tokens: engine.generate([Request((1,), sampling(tokens), state)])
     }

@@ -283,7 +283,11 @@ class Engine:
 
     def cancel(self, ticket: int) -> None:
         """Drop what is left of a request; nothing happens where it is finished or unknown."""
-        self.waiting -= sum(prompt.request.sampling.n for prompt in self._queue if prompt.ticket == ticket)
+        for prompt in self._queue:
+            if prompt.ticket == ticket:
+                self.waiting -= prompt.request.sampling.n
+                for answer in prompt.answers:  # there where reading another prompt failed
+                    answer.over = True
         self._queue = deque(prompt for prompt in self._queue if prompt.ticket != ticket)
         held = (*self._running, *self._ready, *self._leaving)
         for answer in [answer for answer in held if answer is not None and answer.ticket == ticket]:

@@ -563,6 +563,26 @@ def test_what_is_refused(mamba: Engine) -> None:
     assert mamba.running == mamba.waiting == 0
 
 
+def test_reading_that_fails_leaves_nothing(mamba: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the prompts read before it in the same step, whose first tokens are chosen, neither."""
+    request = Request(prompt(3), replace(GREEDY, n=2, max_new_tokens=1))
+    expected = mamba.generate([request])
+    real, calls = mamba.model.backbone.forward, []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mamba.model.backbone, "forward", failing)
+        with pytest.raises(MemoryError):
+            mamba.generate([request, request])
+    assert mamba.running == mamba.waiting == 0 and mamba.step() == 0
+    assert mamba.generate([request]) == expected
+
+
 def test_generate_that_fails_leaves_nothing(mamba: Engine) -> None:
     calls = []
 
