@@ -50,6 +50,7 @@ def trainer_of(model: Any, exact: bool, chunk: int, bf16: bool) -> StatePassingT
 
 def in_chunks(model: Any, batch: PackedBatch, exact: bool, chunk: int, bf16: bool = True) -> Callable[[], torch.Tensor]:
     trainer = trainer_of(model, exact, chunk, bf16)
+    trainer.accelerator.prepare_model(model)  # as `train()` does: the forward pass has autocast in it from then on
     return lambda: trainer.training_step(model, [batch], batch.num_targets)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -50,12 +51,20 @@ logger = logging.getLogger("mambalign")
 
 Sink = Callable[[Delta], None]
 
-# With `exact`, prompts are read together on a GPU in passes of always BIN tokens, padded with others that no one reads:
-# products of one shape. Parts longer than SHORT go alone, since the scan may cut them by what is beside them.
-BIN, SHORT = 1024, 256
+# With `exact`, prompts are read together on a GPU in passes of always `bin_of(model)` tokens, padded with others that
+# no one reads: products of one shape. Parts longer than SHORT go alone, since the scan may cut them by what is beside.
+SHORT = 256
+BINS = 1024, 4096  # at least, at most
+WORK = 2**39  # parameters times tokens: less, and a pass takes as long as the host needs to start it
 HEADS = 64  # rows of a product with the head, then
 
 NO_RANDOM = random.Random(0)  # of greedy answers, which draw nothing: seeding one each takes longer than a step's share
+
+
+def bin_of(model: Any) -> int:
+    """Tokens of a pass, a power of two: many of a small model, whose answers wait for the host meanwhile."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return min(max(BINS[0], 2 ** int(math.log2(max(WORK // parameters, 1)))), BINS[1])
 
 
 def make_decoder(model: Any, capacity: int, *, exact: bool = True, step: str = "auto") -> Stepper:
@@ -187,7 +196,9 @@ class Engine:
         self.ends = end_ids(model, tokenizer)
         # A GPU gets its next step before the last one's tokens are looked at: it never waits for the host.
         self.ahead = not on_cpu
-        self._bin = min(BIN, self.prefill_tokens) if exact and isinstance(self.decoder, fused.FusedDecoder) else 0
+        # Tokens of a pass that is filled up on a GPU; always as many, where that is what answers to the last bit takes.
+        self._pass = min(bin_of(model), self.prefill_tokens)
+        self._bin = self._pass if exact and isinstance(self.decoder, fused.FusedDecoder) else 0
         self.waiting = 0  # answers that have no slot yet
         self._queue: deque[_Prompt] = deque()  # being read
         self._ready: deque[_Answer] = deque()  # waiting for a slot
@@ -433,7 +444,7 @@ class Engine:
         A pass of a few short prompts costs there what one of many does, and slots come free one at a time.
         """
         free = self.slots - self.running - len(self._ready)
-        size = self._bin or (min(BIN, self.prefill_tokens) if self.ahead and not self.exact else 0)
+        size = self._bin or (self._pass if self.ahead and not self.exact else 0)
         budget, short = self.prefill_tokens, 0
         parts: list[tuple[_Prompt, int]] = []
         for prompt in self._queue:
@@ -460,7 +471,7 @@ class Engine:
             self._hand_out_but(0)
 
     def _apart(self, parts: list[tuple[_Prompt, int]]) -> list[list[tuple[_Prompt, int]]]:
-        """One a pass; or short ones in passes of one size (see BIN)."""
+        """One a pass; or short ones in passes of one size (see SHORT)."""
         groups: list[list[tuple[_Prompt, int]]] = []
         group: list[tuple[_Prompt, int]] = []
         room = 0

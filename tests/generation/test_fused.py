@@ -326,3 +326,14 @@ def test_logits_that_are_no_numbers_are_said() -> None:
     with pytest.raises(UserError, match="logits that are no numbers"):
         engine.generate([Request(prompt(3), GREEDY)])
     assert engine.running == engine.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens"), [(1, 4096), (129_000_000, 4096), (168_000_000, 2048), (10**10, 1024)]
+)
+def test_a_small_model_reads_more_at_a_time(parameters: int, tokens: int) -> None:
+    class Model:
+        def parameters(self) -> list[torch.Tensor]:
+            return [torch.empty(parameters, device="meta")]
+
+    assert engines.bin_of(Model()) == tokens
