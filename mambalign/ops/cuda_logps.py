@@ -1,4 +1,4 @@
-"""The row-wise half of `token_logps` on a GPU (`token_logps.cu`): one pass over a chunk's logits each way."""
+"""The row-wise half of `token_logps` on a GPU (`token_logps.cu`): a pass over a chunk's logits each way, or both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from mambalign.ops import nvrtc
 
 SOURCE = Path(__file__).with_name("token_logps.cu")
-LANES = 32
+LANES, BLOCK = 32, 512
 
 
 def module(dtype: torch.dtype, device: torch.device) -> Any:
@@ -20,18 +20,28 @@ def module(dtype: torch.dtype, device: torch.device) -> Any:
 
 def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`[rows, V]`, int64 `[rows]` -> (log-probs of the labels, 0 at -100; log-normalisers), both fp32 `[rows]`."""
-    logps, log_z = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device).unbind(0)
-    _launch("logps_forward", logits, labels, logps=logps, log_z=log_z)
-    return logps, log_z
+    return _launch_forward("logps_forward", LANES, logits, labels)
+
+
+def both_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward`, and the gradient of the log-probs' sum, which overwrites the logits."""
+    return (*_launch_forward("logps_both", BLOCK, logits, labels), logits)
 
 
 def backward_(logits: Tensor, labels: Tensor, log_z: Tensor, d_logps: Tensor) -> Tensor:
     """Overwrites the logits with their gradient, given that of the log-probs."""
-    _launch("logps_backward", logits, labels, log_z=log_z.contiguous(), d_logps=d_logps.float().contiguous())
+    given = {"log_z": log_z.contiguous(), "d_logps": d_logps.float().contiguous()}
+    _launch("logps_backward", LANES, logits, labels, given)
     return logits
 
 
-def _launch(kernel: str, logits: Tensor, labels: Tensor, **values: Tensor) -> None:
+def _launch_forward(kernel: str, threads: int, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logps, log_z = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device).unbind(0)
+    _launch(kernel, threads, logits, labels, {"logps": logps, "log_z": log_z})
+    return logps, log_z
+
+
+def _launch(kernel: str, threads: int, logits: Tensor, labels: Tensor, values: dict[str, Tensor]) -> None:
     assert logits.is_contiguous()
     common = {"logits": logits, "labels": labels.contiguous(), "vocabulary": logits.shape[1]}
-    module(logits.dtype, logits.device).launch(kernel, (logits.shape[0], 1), LANES, common | values)
+    module(logits.dtype, logits.device).launch(kernel, (logits.shape[0], 1), threads, common | values)

@@ -24,7 +24,7 @@ class TokenLogps(torch.autograd.Function):
     less. That is all a backward pass needs whose gradients are one number for all rows, which autograd hands on as a
     tensor of stride 0; for any other it starts anew.
 
-    `rows`: the module with the two row-wise functions, `forward` and `backward_`.
+    `rows`: the module with the row-wise functions, `forward`, `backward_` and `both_`.
     """
 
     @staticmethod
@@ -40,9 +40,11 @@ class TokenLogps(torch.autograd.Function):
         for start in range(0, labels.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = _logits(hidden[chunk], weight)
-            logps[chunk], log_z[chunk] = rows.forward(logits, labels[chunk])
-            if gradients is not None:
-                gradients.add(chunk, rows.backward_(logits, labels[chunk], log_z[chunk], torch.ones_like(log_z[chunk])))
+            if gradients is None:
+                logps[chunk], log_z[chunk] = rows.forward(logits, labels[chunk])
+            else:
+                logps[chunk], log_z[chunk], d_logits = rows.both_(logits, labels[chunk])
+                gradients.add(chunk, d_logits)
         ready = (None, None) if gradients is None else (gradients.hidden, gradients.weight)
         ctx.save_for_backward(hidden, weight, labels, log_z, *ready)
         ctx.summed = summed

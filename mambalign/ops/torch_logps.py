@@ -16,6 +16,12 @@ def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logps.masked_fill_(labels < 0, 0.0), log_z
 
 
+def both_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward`, and the gradient of the log-probs' sum; may overwrite the logits."""
+    logps, log_z = forward(logits, labels)
+    return logps, log_z, backward_(logits, labels, log_z, torch.ones_like(log_z))
+
+
 def backward_(logits: Tensor, labels: Tensor, log_z: Tensor, d_logps: Tensor) -> Tensor:
     """Gradient of the logits, given that of the log-probs; may overwrite them."""
     # d logp / d logits = onehot(label) - softmax(logits)

@@ -314,6 +314,19 @@ def test_a_sum_that_no_one_norms_hands_its_gradient_on() -> None:
     assert torch.equal(d_residual, weights) and torch.equal(d_x, weights.bfloat16())
 
 
+@pytest.mark.parametrize("vocabulary", [2, 37, 264, 4103, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probs_and_the_gradient_of_their_sum_at_once(vocabulary: int, dtype: torch.dtype) -> None:
+    """A block has a row: as a warp that goes one way, then the other, but for the order of the sum."""
+    logits, labels = (3 * torch.randn(5, vocabulary)).to(dtype), torch.tensor([0, vocabulary - 1, -100, vocabulary, 1])
+    logps, log_z = cuda_logps.forward(logits, labels)
+    d_logits = cuda_logps.backward_(logits.clone(), labels, log_z, torch.ones(5))
+    ours = cuda_logps.both_(logits.clone(), labels)
+    assert torch.allclose(ours[0], logps, rtol=1e-5, atol=1e-6, equal_nan=True) and ours[0][2] == 0
+    assert torch.allclose(ours[1], log_z, rtol=1e-6)
+    assert relative_error(ours[2], d_logits) < {torch.float32: 1e-5}.get(dtype, 1e-3) and not ours[2][2].any()
+
+
 def test_logits_of_any_size_and_unknown_labels() -> None:
     logits = torch.tensor([[-1e4, 0.0, 1e4], [-3e4, -3e4, -3e4], [0.0, 0.0, 0.0]])
     logps, log_z = cuda_logps.forward(logits, torch.tensor([1, 2, 5]))
@@ -375,7 +388,7 @@ def test_structs_of_host_and_kernels_agree() -> None:
         (nvrtc.PREAMBLE, {"SUMMERS": nvrtc.SUMMERS // 32}),
         (cuda_decode.SOURCE, {"THREADS": cuda_decode.THREADS}),
         (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
-        (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES}),
+        (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES, "BLOCK": cuda_logps.BLOCK}),
     ):
         for name, value in constants.items():
             assert re.search(rf"#define {name} {value}\b", source.read_text()), name

@@ -129,17 +129,24 @@ def test_scan_in_a_relay(crowded: bool, dtype: torch.dtype, monkeypatch: pytest.
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("summed", [False, True], ids=["", "summed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("vocabulary", [1000, 1001])
-def test_token_logps(vocabulary: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("vocabulary", [1000, 1001, 50280])
+def test_token_logps(vocabulary: int, dtype: torch.dtype, summed: bool) -> None:
     hidden, weight = (torch.randn(n, 64).to(dtype).requires_grad_() for n in (300, vocabulary))
     labels = torch.randint(vocabulary, (300,))
     labels[::7] = -100
     double = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     theirs = torch.autograd.grad(token_logps(*double, labels, backend="reference").sum(), double)
     moved = [t.detach().cuda().requires_grad_() for t in (hidden, weight)]
-    ours = torch.autograd.grad(token_logps(*moved, labels.cuda(), chunk_size=128, backend="cuda").sum(), moved)
-    assert all(relative_error(a.cpu(), b) < 10 * TOLERANCE[dtype] for a, b in zip(ours, theirs, strict=True))
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        logps = token_logps(*moved, labels.cuda(), chunk_size=128, backend="cuda", summed=summed)
+        return torch.autograd.grad(logps.sum(), moved)
+
+    first, second = gradients(), gradients()
+    assert all(relative_error(a.cpu(), b) < 10 * TOLERANCE[dtype] for a, b in zip(first, theirs, strict=True))
+    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("rows", [1, 130, 5000])  # the last: several rows a block, the next on its way
