@@ -258,7 +258,7 @@ def test_numbers_of_other_pages_are_those_of_the_performance_page() -> None:
     measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     for page, numbers in {
         "preferences": ("4.8", "59.4"),
-        "choosing": ("1.04", "2.9"),
+        "choosing": ("1.19", "2.9"),
     }.items():
         text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
         for number in numbers:
@@ -279,6 +279,70 @@ def test_performance_shows_the_measured_numbers() -> None:
     for batch in (1, 8):
         ours, theirs = rates[batch, "ours"], rates[batch, "transformers' Mamba"]
         assert f"| {batch} | {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.1f}x |" in page
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text("utf-8"))["rows"]
+    return rows
+
+
+def test_performance_shows_what_generation_took_on_a_gpu() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    aims = ""
+    for case, batch in (("even", 1), ("even", 8), ("uneven", 8), ("even", 64), ("uneven", 64)):
+        cells = [f"{batch}, uneven" if case == "uneven" else str(batch)]
+        for size in ("130m", "2.8b"):
+            rates = {
+                row["who"]: row["tokens_per_second"]
+                for row in results(f"decode_{size}")
+                if row["case"] == case and row["batch"] == batch
+            }
+            ours, peer, other = rates["ours"], rates["mamba-ssm"], rates.get("transformer")
+            cells += [f"{ours:,.0f}", f"{peer:,.0f}", f"{ours / peer:.2f}x", f"{other:,.0f}" if other else ""]
+            if case == "uneven" and batch == 64:
+                aims += f"{', ' if aims else ''}**{ours / peer:.1f}x** ({size})"
+        assert f"| {' | '.join(cells)} |" in page
+    assert f"| decoding 64 uneven answers at least 1.5x mamba-ssm's | {aims} |" in page
+    for size in ("130m", "2.8b"):
+        times = {
+            row["context"]: row for row in results(f"decode_{size}") if (row["case"], row["who"]) == ("context", "ours")
+        }
+        assert f"**{times[65536]['ms_per_token'] / times[1024]['ms_per_token']:.2f}x** ({size})" in page
+        assert all(f"{row['ms_per_token']:.2f} | {row['state_mib']:,.1f} MiB" in page for row in times.values())
+
+
+def test_performance_shows_the_steps_and_scans_that_were_measured() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    scans = {(row["who"], row["length"]): row for row in results("scan")}
+    for length, rows in ((2048, "8 x 2,048"), (4096, "4 x 4,096"), (16384, "1 x 16,384"), (65536, "1 x 65,536")):
+        ours, peer = scans["ours", length], scans["mamba-ssm", length]
+        line = next(line for line in page.splitlines() if line.startswith(f"| scan {rows} x 5,120 |"))
+        shown = [f"{one[name]:.2f}" for one in (ours, peer) for name in ("forward_ms", "both_ms")]
+        assert [line.split(" | ")[i] for i in (1, 2, 4, 5)] == shown, line
+        if length in (2048, 65536):
+            assert f"**{peer['both_ms'] / ours['both_ms']:.2f}x**" in page
+    for size, weights in (("130m", "fp32 + autocast"), ("130m", "bf16"), ("2.8b", "bf16")):
+        rows = {
+            row["who"]: row
+            for row in results(f"train_step_{size}")
+            if row["weights"] == weights and not row["recompute"]
+        }
+        measured = [rows[who]["tokens_per_second"] for who in ("ours", "mamba-ssm", "transformer")]
+        speeds = [f"{float(f'{speed:.4g}'):,.0f}" for speed in measured]
+        assert any(all(speed in line for speed in speeds) for line in page.splitlines() if line.startswith("| ")), (
+            speeds
+        )
+    sft = {row["who"]: row["tokens_per_second"] for row in results("sft_real_2.8b")}
+    assert f"**{sft['ours, packed'] / sft['mamba-ssm, padded']:.1f}x** (2.8b)" in page
+
+
+def test_the_page_on_long_documents_shows_what_was_measured() -> None:
+    page = (ROOT / "docs/long-context.md").read_text(encoding="utf-8")
+    for row in results("long_context"):
+        line = next(
+            line for line in page.splitlines() if line.startswith(f"| {row['length']:,} | ") and "MB" not in line
+        )
+        assert f"{row['peak_gib']:.1f}" in line and f"{round(row['tokens_per_second'], -2):,.0f}" in line, (row, line)
 
 
 def test_make_help_lists_every_verb() -> None:
