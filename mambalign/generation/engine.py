@@ -57,6 +57,7 @@ SHORT = 256
 BINS = 1024, 4096  # at least, at most
 WORK = 2**39  # parameters times tokens: less, and a pass takes as long as the host needs to start it
 HEADS = 64  # rows of a product with the head, then
+READ_AHEAD = 4  # answers to each slot, at most, that wait for one with a state of their own
 
 NO_RANDOM = random.Random(0)  # of greedy answers, which draw nothing: seeding one each takes longer than a step's share
 
@@ -450,7 +451,7 @@ class Engine:
         for prompt in self._queue:
             # Always cut at the same places, so that a prompt's state does not depend on what was read before it.
             length = min(len(prompt.request.prompt) - prompt.done, self.prefill_tokens)
-            if free <= 0 and (not size or length > min(SHORT, -short % size)):
+            if free <= 0 and (not size or length > min(SHORT, -short % size) or free <= -READ_AHEAD * self.slots):
                 break
             if budget <= 0 or (parts and length > budget):
                 break

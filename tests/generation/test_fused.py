@@ -337,3 +337,15 @@ def test_a_small_model_reads_more_at_a_time(parameters: int, tokens: int) -> Non
             return [torch.empty(parameters, device="meta")]
 
     assert engines.bin_of(Model()) == tokens
+
+
+@needs_compiler
+def test_no_more_is_read_ahead_than_there_is_room_for_states(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass has room for many prompts of a token, and each of them waits with a state of its own."""
+    engine = fused_engine(pair("mamba")[1], built, monkeypatch, slots=2, prefill_tokens=96)
+    for number in range(60):
+        engine.add(Request((3 + number % 7,), GREEDY), lambda delta: None)
+    most = 0
+    while engine.step():
+        most = max(most, len(engine._ready))
+    assert 2 <= most <= engines.READ_AHEAD * 2
