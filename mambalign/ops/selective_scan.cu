@@ -55,7 +55,7 @@ struct Params {
   io *y, *d_u, *d_delta, *d_z;          // contiguous [T, D], but for d_z
   float4* d_BC;                         // [blocks, T, 8]: dB and dC of every block's channels, in the order of `add`
   io *d_B, *d_C;                        // [T, 16]
-  float* d_vectors;                     // [items, 16 + 2, Dp]: the share of every item in dA, dD and the bias' gradient
+  float* d_vectors;  // [items, 16 + 2, Dp]: the share of every item (in a relay: row) in dA, dD and the bias' gradient
   float* d_initial;                     // [S, 16, Dp]
   i64 num_channels, padded_channels, num_states, num_tokens, num_blocks, num_joined;
   int* turns;  // of a relay: how many are taken, then for each 1 once it is over
