@@ -160,12 +160,14 @@ def runs_table(results: Results) -> str:
             real = speed(stage, "step") * stage["batch"] if pairs else speed(stage)
             last = stage["curve"]["train"][-1]
             positions = stage["padded_positions"]
+            # The last log line may be steps before the end; the positions are those of all steps.
+            tokens = last["num_tokens"] / last["step"] * stage["steps"]
             rows.append(
                 [
                     f"{TITLES[name]}, {WAYS[stage['way']]}",
                     f"{stage['steps']:,} of {stage['max_steps']:,}",
-                    f"{last['num_tokens'] / 1e6:.1f} M",
-                    f"{1 - last['num_tokens'] / positions:.0%}" if positions else "0%",
+                    f"{tokens / 1e6:.1f} M",
+                    f"{1 - tokens / positions:.0%}" if positions else "0%",
                     f"{stage['training_s']:.0f} s",
                     f"{stage['before_training_s']:.0f} s" if name == "dpo" else "-",
                     f"{real:,.0f} {'pairs' if pairs else 'tokens'}/s",

@@ -239,6 +239,9 @@ def test_tables_and_plot_come_from_the_json_alone(report: ModuleType, tmp_path: 
     results = json.loads(json.dumps(made_up()))
     tables = {name: table(results) for name, table in report.TABLES.items()}
     assert "| SFT, padded | 3 of 6 | 0.0 M | 75% |" in tables["runs"] and "500 tokens/s" in tables["runs"]
+    late = copy.deepcopy(results)
+    late["stages"]["sft-padded"] |= {"steps": 4, "padded_positions": 8000}  # a step after the last log line
+    assert "| SFT, padded | 4 of 6 | 0.0 M | 75% |" in report.runs_table(late)
     assert "| SFT, padded | 3 | 3.000 to 3.000 | 0.0e+00 | 0.0e+00 | 4.0x |" in tables["agreement"]
     assert "Leaky minus leak-free, read alone: 0.1000 ± 0.0000 over seeds (+0.1000, +0.1000)" in tables["leakage"]
     assert "**here**, row 7 of `sft/test_sft.parquet`" in tables["samples"] and "`` a 'b' ``" in tables["samples"]
