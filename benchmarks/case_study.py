@@ -1,6 +1,6 @@
 """Pre-training, SFT, DPO and SimPO of a small Mamba on real data, packed and padded, and what leaking states cost.
 
-    python benchmarks/case_study.py --data ../shared/data              # everything, on a GPU: about 15 minutes
+    python benchmarks/case_study.py --data ../shared/data              # everything, on a GPU: minutes
     python benchmarks/case_study.py --tiny --work TMP --out TMP/a.json # every line of it on a CPU: about 2 minutes
     python benchmarks/case_study.py --plot-only JSON                   # plot and tables of an earlier run, anywhere
     python benchmarks/case_study.py --write-docs JSON                  # its tables, into docs/case-study.md
@@ -9,8 +9,8 @@ DATA holds `text`, `sft` and `dpo` (folders of parquet files) and `tokenizer`. T
 `recipes/case-study`; the ways that are no recipes are in `case_study_ways.py`. Every stage leaves a file in
 WORK/results and is passed over where that is there; the JSON holds what is there, raw enough for every table and plot,
 which `case_study_report.py` makes of it. No text of the data is in it: prompts are named by file and row. `--only`
-names groups of stages: packed, leak, padded; the last two need the models of the first. Packed and leak took 7 minutes
-on an H200.
+names groups of stages: packed, leak, padded; the last two need the models of the first. Everything took 334 seconds on
+an H200 with `--padded-seconds 15`; the default of 60 adds about 3 minutes.
 
 The padded runs begin from the same weights as the packed ones and read the same examples in the same steps, so their
 losses can be compared one by one. They are slower, and end after `--padded-seconds` of training each, wherever they
