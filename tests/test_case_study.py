@@ -72,7 +72,7 @@ def pairs(count: int) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
-def test_the_recipes_are_a_chain_and_simpo_changes_the_objective_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipes_are_a_chain_and_simpo_changes_objective_and_rate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # a pipeline's recipes are relative to the working directory
     pipeline = load_pipeline(RECIPES / "pipeline.yaml")
     assert [stage.name for stage in pipeline.stages] == ["new", "cpt", "sft", "dpo", "simpo"]
@@ -83,7 +83,9 @@ def test_the_recipes_are_a_chain_and_simpo_changes_the_objective_alone(monkeypat
         assert recipe.model_name_or_path == pipeline.stage(starts[name]).output_dir
         assert recipe.output_dir == pipeline.stage(name).output_dir
     dpo, simpo = recipes["dpo"].to_dict(), recipes["simpo"].to_dict()
-    assert {key for key in dpo if dpo[key] != simpo[key]} == {"loss_type", "beta", "simpo_gamma", "output_dir"}
+    changed = {"loss_type", "beta", "simpo_gamma", "learning_rate", "output_dir"}
+    assert {key for key in dpo if dpo[key] != simpo[key]} == changed
+    assert simpo["learning_rate"] == pytest.approx(dpo["learning_rate"] / 5)  # the page says a fifth
 
 
 def test_no_recipe_key_pads_or_leaks() -> None:
@@ -252,31 +254,174 @@ def test_tables_and_plot_come_from_the_json_alone(report: ModuleType, tmp_path: 
 def test_the_sentences_of_the_page_have_the_numbers_of_the_tables(report: ModuleType) -> None:
     if not RESULTS.exists():
         pytest.skip("no results are committed")
-    prose = re.sub(r"<!-- begin .*?<!-- end [a-z-]+ -->", "", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    prose = _prose()
     stages = (results := json.loads(RESULTS.read_text(encoding="utf-8")))["stages"]
-    losses = {key: float(np.mean(values)) for key, values in report.leakage_losses(results).items()}
+    by_seed = report.leakage_losses(results)
+    losses = {key: float(np.mean(values)) for key, values in by_seed.items()}
     right, leaky = losses["packed", "alone"], losses["leaky", "alone"]
-    longer = float(np.mean(report.length_differences(stages["held-out"]["pairs"]) > 0))
-    accuracy = float(np.mean(report.scorings(results)["DPO"] > 0))
-    sft, dpo = (float(np.mean(stages["answers"][name]["lengths"])) for name in ("sft", "dpo"))
-    kept = stages["held-out"]["sft"]
-    loss = {name: report.mean_loss(kept["logps"][name], kept["tokens"], 1)[0] for name in ("cpt", "sft", "simpo")}
-    evaluated = [line["eval_loss"] for line in stages["dpo"]["curve"]["eval"]]
+    costs = np.subtract(by_seed["leaky", "alone"], by_seed["packed", "alone"]).tolist()
+    cost = report.clustered_mean(costs)
+    kept = stages["held-out"]
+    loss = {
+        (data, name): f"{report.mean_loss(kept[data]['logps'][name], kept[data]['tokens'], 1)[0]:.3f}"
+        for data in ("text", "sft") for name in ("cpt", "sft", "dpo", "simpo")
+    }  # fmt: skip
+    moved = [abs(float(loss[data, "dpo"]) - float(loss[data, "sft"])) for data in ("text", "sft")]
+    assert max(moved) < 0.1, "the page says that DPO moves neither loss by more"
+    course = {name: [line["eval_loss"] for line in stages[name]["curve"]["eval"]] for name in ("dpo", "simpo")}
+    lines = stages["dpo"]["curve"]["eval"]
+    lowest = min(lines, key=lambda line: line["eval_loss"])
+    (rights, gains) = ([line[f"eval_rewards/{name}"] for line in lines] for name in ("accuracies", "margins"))
+    each = np.sort(np.logaddexp(0, -report.scorings(results)["DPO"]))
     exact = stages["exactness"]["sft"]
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    rate = load_recipe(RECIPES / "simpo.yaml").learning_rate
     said = [
-        f"shows {losses['leaky', 'leaking']:.4f}, and read rightly {leaky:.4f}",
-        f"costs {leaky - right:.3f} ± 0.001 ({leaky:.3f} instead of {right:.3f})",
-        f"in leaky rows costs {losses['packed', 'leaking'] - right:.3f}",
-        f"DPO ranks {accuracy:.1%} of held-out pairs right. Calling the longer answer better ranks {longer:.1%}",
-        f"from {sft:.1f} to {dpo:.1f} tokens",
-        f"ended {sum(stages['answers']['simpo']['stopped'])} of 64",
-        f"{loss['sft']:.2f} becomes {loss['simpo']:.2f}, most of the way back to {loss['cpt']:.2f}",
-        f"{min(evaluated):.3f} after {stages['dpo']['curve']['eval'][int(np.argmin(evaluated))]['step']} of 294 steps",
+        f"less than {math.ceil(exact['loss_difference'] * 1e7) / 10:.1f}e-6 of itself",
+        f"the gradient by {exact['gradient_error'] * 1e5:.1f}e-5",
         f"A leaky row is {exact['leaky_loss_difference']:.0%} off",
         f"{exact['leaky_gradient_error']:.0%} in the gradient",
-        f"{round(report.speed(stages['sft']), -3):,.0f} in the table",
+        f"took 334 seconds on one H200, {seconds:.0f} of them in the stages",
+        f"--padded-seconds {results['settings']['padded_seconds']}\n",
+        f"learning rate, {rate * 1e5:.0f}e-5 instead of 1e-4",
+        f"leaky rows costs {cost.mean:.4f} ± {cost.standard_error:.4f} of held-out loss",
+        f"costs {cost.mean:.4f} ± {cost.standard_error:.4f} ({leaky:.3f} instead of {right:.3f})",
+        f"between {min(costs):.4f} and {max(costs):.4f} in each of the three seeds",
+        f"in leaky rows costs {losses['packed', 'leaking'] - right:.3f}",
+        f"shows {losses['leaky', 'leaking']:.4f}, and read rightly {leaky:.4f}",
+        f"SFT takes the conversations from {loss['sft', 'cpt']} to {loss['sft', 'sft']}",
+        f"the novels: {loss['text', 'cpt']} becomes {loss['text', 'sft']}",
+        f"conversations go from {loss['sft', 'sft']} to {loss['sft', 'simpo']}, "
+        f"novels from {loss['text', 'sft']} to {loss['text', 'simpo']}",
+        f"was {course['dpo'][0]:.3f} at its first evaluation, after {lines[0]['step']} of 294 steps",
+        f"lowest after {lowest['step']} steps, {lowest['eval_loss']:.3f}, and is {course['dpo'][-1]:.3f} at the end",
+        f"({rights[0]:.2f}, then {rights[-1]:.2f}): margins grew from {gains[0]:.1f} to {gains[-1]:.1f}",
+        f"a tenth of them makes {each[-(len(each) // 10) :].sum() / each.sum():.0%} of it",
+        f"fell from {course['simpo'][0]:.3f} after 50 steps to {course['simpo'][-1]:.3f}",
     ]
     assert [sentence for sentence in said if sentence not in prose] == []
+
+
+def test_the_sentences_about_padded_runs_have_the_numbers_of_the_tables(report: ModuleType) -> None:
+    if not RESULTS.exists():
+        pytest.skip("no results are committed")
+    prose, stages = _prose(), json.loads(RESULTS.read_text(encoding="utf-8"))["stages"]
+    names = ("cpt-padded", "sft-padded", "sft-sorted", "dpo-padded")
+    faster, seconds, pads, apart, positions = {}, {}, {}, {}, {}
+    for name in names:
+        packed, padded = stages[name.split("-")[0]], stages[name]
+        unit = "step" if name == "dpo-padded" else "num_tokens"
+        faster[name] = f"{report.speed(packed, unit) / report.speed(padded, unit):.1f}"
+        line, first = padded["curve"]["train"][-1], padded["curve"]["train"][0]["train_s"]
+        (same,) = (one for one in packed["curve"]["train"] if one["step"] == line["step"])
+        slow, fast = line["train_s"] - first, same["train_s"] - packed["curve"]["train"][0]["train_s"]
+        seconds[name] = (line["step"], f"{slow:.1f} s", f"{fast:.1f} s", f"{slow / fast:.1f} times")
+        computed = padded["padded_positions"] / padded["steps"] * line["step"]
+        pads[name] = f"{1 - line['num_tokens'] / computed:.0%}"
+        positions[name] = f"{computed / same['num_tokens']:.1f}"
+        apart[name] = np.abs(np.subtract(*report.same_steps(packed, padded)))
+    memory = {name: f"{stages[name]['peak_gib']:.1f}" for name in stages if "peak_gib" in stages[name]}
+    assert memory["cpt-padded"] == memory["sft-padded"] and memory["cpt"] == memory["sft"]
+    busy = {name: f"{stages[name]['utilisation']:.0f}" for name in (*names, "cpt", "sft", "dpo", "simpo")}
+    shares = sorted(busy[name] for name in ("cpt", "sft", "dpo", "simpo"))
+    conversations = stages["sft"]["data"]["train"]["rows"] / (stages["sft"]["max_steps"] / stages["sft"]["epochs"])
+    sorting = report.speed(stages["sft-sorted"]) / report.speed(stages["sft-padded"])
+    held = {
+        name: {line["step"]: f"{line['eval_loss']:.3f}" for line in stages[name]["curve"]["eval"]}
+        for name in (*names, "cpt", "sft", "dpo")
+    }
+    assert held["sft"][50] == held["sft-sorted"][50] and held["dpo"][100] == held["dpo-padded"][100]
+    steps = [line["step"] for line in stages["cpt-padded"]["curve"]["train"]]
+    at = {way: {line["step"]: line["loss"] for line in stages[way]["curve"]["train"]} for way in ("cpt", "cpt-padded")}
+    early, late = apart["cpt-padded"][: steps.index(40)], apart["cpt-padded"][steps.index(50) :]
+    assert early.max() < 1e-4 < 0.1 < apart["cpt-padded"][steps.index(40)], "the page says when the runs part"
+    close = max(apart["sft-padded"].max(), apart["sft-sorted"].max())
+    ends = [float(losses[i]) for losses in [report.same_steps(stages["sft"], stages["sft-sorted"])[0]] for i in (0, -1)]
+    step, slow, fast, times = zip(*(seconds[name] for name in names), strict=True)
+    said = [
+        f"{faster['cpt-padded']} times as fast as padded in pre-training, {faster['sft-padded']} times in SFT "
+        f"({faster['sft-sorted']} with conversations sorted by length) and {faster['dpo-padded']} times in DPO",
+        f"in {memory['cpt']} GiB instead of {memory['cpt-padded']}, and {memory['dpo']} instead of "
+        f"{memory['dpo-padded']} for DPO",
+        f"has {memory['sft-padded']} GiB already in pre-training and SFT ({memory['sft-sorted']} sorted), "
+        f"packed {memory['sft']}",
+        f"32 sequences: {memory['dpo-padded']} GiB, packed {memory['dpo']}",
+        f"card was busy {shares[0]} to {shares[-1]}% of the time",
+        f"busy {busy['sft-sorted']}% of the time when sorted and {busy['sft-padded']}% when not",
+        f"Pre-training, to step {step[0]}: {slow[0]} padded, {fast[0]} packed, {times[0]}",
+        f"SFT, to step {step[1]}: {slow[1]} and {fast[1]}, {times[1]}",
+        f"Sorted by length, to step {step[2]}: {slow[2]} and {fast[2]}, {times[2]}",
+        f"DPO, to step {step[3]}: {slow[3]} and {fast[3]}, {times[3]}",
+        "The reference pass before it took "
+        + " and ".join(f"{stages[name]['before_training_s']:.0f} s" for name in ("dpo-padded", "dpo")),
+        f"They are {pads['cpt-padded']} of pre-training's positions, {pads['sft-padded']} of SFT's, and "
+        f"{pads['sft-sorted']} of SFT's when sorted, which makes it faster by {sorting:.2f}",
+        f"still {faster['sft-sorted']} times as fast",
+        f"a step of SFT has {conversations:.0f} conversations",
+        f"There {pads['dpo-padded']} of the positions are pads",
+        f"together {positions['dpo-padded']} positions for every one",
+        f"differs by at most {close:.1e} while the loss falls from {ends[0]:.3f} to {ends[1]:.3f}".replace("e-0", "e-"),
+        f"after 50 steps is {held['sft'][50]} packed and padded by length",
+        f"after 100 steps is {held['dpo'][100]} in both",
+        f"rises from {at['cpt'][35]:.2f} to {at['cpt'][40]:.2f} packed and {at['cpt-padded'][40]:.2f} padded",
+        f"the two are within {math.ceil(late.max() * 1e3) / 1e3:.3f}",
+        f"after 100 steps is {held['cpt'][100]} packed and {held['cpt-padded'][100]} padded",
+    ]
+    assert [sentence for sentence in said if sentence not in prose] == []
+
+
+def test_the_sentences_about_length_have_the_numbers_of_the_tables(report: ModuleType) -> None:
+    if not RESULTS.exists():
+        pytest.skip("no results are committed")
+    prose, results = _prose(), json.loads(RESULTS.read_text(encoding="utf-8"))
+    pairs, answers = results["stages"]["held-out"]["pairs"], results["stages"]["answers"]
+    lengths, margins = report.length_differences(pairs), report.scorings(results)
+    right = {name: values > 0 for name, values in margins.items()}
+    part = {name: float(values.mean()) for name, values in right.items()}
+    ranks = {name: f"{report.rank_correlation(values, lengths):.2f}" for name, values in margins.items()}
+    beside = {name: report.clustered_mean((right[name].astype(float) - (lengths > 0)).tolist()) for name in right}
+    longer = float(np.mean(lengths > 0))
+    split = {(n, way): f"{right[n][s * lengths > 0].mean():.0%}" for n in right for way, s in (("+", 1), ("-", -1))}
+    layers = {name: [row["right"].value for row in report.strata(lengths, margins[name])] for name in right}
+    middle = (lengths > -50) & (lengths <= 50)
+    token = {
+        name: [f"{value:.1f}" for value in np.mean(np.divide(pairs["logps"][name], pairs["tokens"]), axis=0)]
+        for name in ("sft", "simpo")
+    }
+    words = {name: float(np.mean(answers[name]["lengths"])) for name in ("sft", "dpo")}
+    ended = {name: sum(answers[name]["stopped"]) for name in ("sft", "dpo", "simpo")}
+    short = sum(length <= 5 for length in answers["simpo"]["lengths"])
+    mean, sft = "DPO model, log-ratio a token", "SFT model, log-prob a token"
+    assert 2.5 < words["dpo"] / words["sft"] < 3.5, "the page says three times as long"
+    said = [
+        f"DPO ranks {part['DPO']:.1%} of held-out pairs right. Calling the longer answer better ranks {longer:.1%}",
+        f"learning rate ranks {part['SimPO']:.1%} right, fewer than length alone",
+        f"A reward accuracy of {part['DPO']:.3f} sounds like taste, and a ruler has {longer:.3f}",
+        f"The difference, {beside['DPO'].mean:.3f} ± {beside['DPO'].standard_error:.3f}, is none",
+        f"SimPO's, {beside['SimPO'].mean:.3f} ± {beside['SimPO'].standard_error:.3f}, is one",
+        f"DPO is right in {split['DPO', '+']} of the pairs, SimPO in {split['SimPO', '+']}",
+        f"DPO in {split['DPO', '-']}, which is a coin, and SimPO in {split['SimPO', '-']}",
+        f"climbs from {layers['DPO'][0]:.3f} (chosen much shorter)\nto {layers['DPO'][-1]:.3f}",
+        f"SimPO's from {layers['SimPO'][0]:.3f} to {layers['SimPO'][-1]:.3f}",
+        f"DPO has {right['DPO'][middle].mean():.3f} "
+        f"and SimPO {right['SimPO'][middle].mean():.3f} of {middle.sum()} pairs",
+        f"as many pairs right ({part[mean]:.3f})",
+        f"(rank correlation {ranks[mean]} against {ranks['DPO']})",
+        f"as much as that ({ranks['SimPO']})",
+        f"likelier ({ranks[sft]}), and ranks {part[sft]:.3f} right.\nSimPO took that to {part['SimPO']:.3f}",
+        "chosen answer has {}, of a rejected one {}, after SFT they had {} and {}".format(
+            *token["simpo"], *token["sft"]
+        ),
+        f"{words['dpo']:.1f} tokens instead of {words['sft']:.1f}, and ends {ended['dpo']} of 64 where SFT ended "
+        f"{ended['sft']}",
+        f"ended {ended['simpo']} of 64, {short} of them after at most five tokens; {64 - ended['simpo']} ran into",
+    ]
+    assert [sentence for sentence in said if sentence not in prose] == []
+
+
+def _prose() -> str:
+    """The page without its tables."""
+    return re.sub(r"<!-- begin .*?<!-- end [a-z-]+ -->", "", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def test_runs_that_were_not_made_are_named(report: ModuleType, tmp_path: Path) -> None:
