@@ -58,9 +58,18 @@ def publish(staged: Path, final: Path) -> None:
     """Seal `staged` and make it appear as `final` in one rename; an older folder of that name goes first."""
     seal(staged)
     if final.exists():
-        shutil.rmtree(final)
+        discard(final)
     os.replace(staged, final)
     _sync(final.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, which is gone in one rename: a kill while its files go leaves no torn one behind."""
+    aside = folder.parent / STAGING / f"{folder.name}-old"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
 
 
 def failure_of(work: Callable[[], None]) -> str | None:
@@ -141,4 +150,4 @@ def rotate(run: Path, limit: int | None, keep: str | None = None) -> None:
     complete = [path for path in checkpoints(run) if (path / MANIFEST).is_file()]
     for path in complete[max(limit, 1) :]:
         if str(path) != keep:
-            shutil.rmtree(path)
+            discard(path)

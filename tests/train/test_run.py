@@ -311,6 +311,34 @@ def test_rotation_never_deletes_the_last_complete_checkpoint(tmp_path: Path) -> 
     assert checkpoint.newest_complete(tmp_path) == tmp_path / "checkpoint-3"
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["rotated out", "saved again"])
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_torn_one(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def staged(step: int) -> Path:
+        folder = tmp_path / checkpoint.STAGING / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(str(step))
+        return folder
+
+    for step in (1, 2):
+        checkpoint.publish(staged(step), tmp_path / f"checkpoint-{step}")
+
+    def killed(folder: Path, **_: Any) -> None:
+        if folder.is_dir():
+            (folder / checkpoint.MANIFEST).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        if again:
+            checkpoint.publish(staged(1), tmp_path / "checkpoint-1")
+        else:
+            checkpoint.rotate(tmp_path, 1)
+    assert all(checkpoint.fault(path) is None for path in checkpoint.checkpoints(tmp_path))
+    assert checkpoint.newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+
+
 def test_the_reference_cache_is_reused_and_verified(
     recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
