@@ -251,12 +251,18 @@ def test_tables_and_plot_come_from_the_json_alone(report: ModuleType, tmp_path: 
     assert target == tmp_path / "made_up.png" and target.stat().st_size > 10_000
 
 
-def test_the_sentences_of_the_page_have_the_numbers_of_the_tables(report: ModuleType) -> None:
+@pytest.fixture
+def measured() -> dict[str, Any]:
+    """The committed results."""
     if not RESULTS.exists():
         pytest.skip("no results are committed")
-    prose = _prose()
-    stages = (results := json.loads(RESULTS.read_text(encoding="utf-8")))["stages"]
-    by_seed = report.leakage_losses(results)
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return results
+
+
+def test_the_sentences_of_the_page_have_the_numbers_of_the_tables(report: ModuleType, measured: dict[str, Any]) -> None:
+    prose, stages = _prose(), measured["stages"]
+    by_seed = report.leakage_losses(measured)
     losses = {key: float(np.mean(values)) for key, values in by_seed.items()}
     right, leaky = losses["packed", "alone"], losses["leaky", "alone"]
     costs = np.subtract(by_seed["leaky", "alone"], by_seed["packed", "alone"]).tolist()
@@ -272,7 +278,7 @@ def test_the_sentences_of_the_page_have_the_numbers_of_the_tables(report: Module
     lines = stages["dpo"]["curve"]["eval"]
     lowest = min(lines, key=lambda line: line["eval_loss"])
     (rights, gains) = ([line[f"eval_rewards/{name}"] for line in lines] for name in ("accuracies", "margins"))
-    each = np.sort(np.logaddexp(0, -report.scorings(results)["DPO"]))
+    each = np.sort(np.logaddexp(0, -report.scorings(measured)["DPO"]))
     exact = stages["exactness"]["sft"]
     seconds = sum(stage["seconds"] for stage in stages.values())
     rate = load_recipe(RECIPES / "simpo.yaml").learning_rate
@@ -282,7 +288,7 @@ def test_the_sentences_of_the_page_have_the_numbers_of_the_tables(report: Module
         f"A leaky row is {exact['leaky_loss_difference']:.0%} off",
         f"{exact['leaky_gradient_error']:.0%} in the gradient",
         f"took 334 seconds on one H200, {seconds:.0f} of them in the stages",
-        f"--padded-seconds {results['settings']['padded_seconds']}\n",
+        f"--padded-seconds {measured['settings']['padded_seconds']}\n",
         f"learning rate, {rate * 1e5:.0f}e-5 instead of 1e-4",
         f"leaky rows costs {cost.mean:.4f} ± {cost.standard_error:.4f} of held-out loss",
         f"costs {cost.mean:.4f} ± {cost.standard_error:.4f} ({leaky:.3f} instead of {right:.3f})",
@@ -302,10 +308,10 @@ def test_the_sentences_of_the_page_have_the_numbers_of_the_tables(report: Module
     assert [sentence for sentence in said if sentence not in prose] == []
 
 
-def test_the_sentences_about_padded_runs_have_the_numbers_of_the_tables(report: ModuleType) -> None:
-    if not RESULTS.exists():
-        pytest.skip("no results are committed")
-    prose, stages = _prose(), json.loads(RESULTS.read_text(encoding="utf-8"))["stages"]
+def test_the_sentences_about_padded_runs_have_the_numbers_of_the_tables(
+    report: ModuleType, measured: dict[str, Any]
+) -> None:
+    prose, stages = _prose(), measured["stages"]
     names = ("cpt-padded", "sft-padded", "sft-sorted", "dpo-padded")
     faster, seconds, pads, apart, positions = {}, {}, {}, {}, {}
     for name in names:
@@ -370,12 +376,12 @@ def test_the_sentences_about_padded_runs_have_the_numbers_of_the_tables(report: 
     assert [sentence for sentence in said if sentence not in prose] == []
 
 
-def test_the_sentences_about_length_have_the_numbers_of_the_tables(report: ModuleType) -> None:
-    if not RESULTS.exists():
-        pytest.skip("no results are committed")
-    prose, results = _prose(), json.loads(RESULTS.read_text(encoding="utf-8"))
-    pairs, answers = results["stages"]["held-out"]["pairs"], results["stages"]["answers"]
-    lengths, margins = report.length_differences(pairs), report.scorings(results)
+def test_the_sentences_about_length_have_the_numbers_of_the_tables(
+    report: ModuleType, measured: dict[str, Any]
+) -> None:
+    prose, stages = _prose(), measured["stages"]
+    pairs, answers = stages["held-out"]["pairs"], stages["answers"]
+    lengths, margins = report.length_differences(pairs), report.scorings(measured)
     right = {name: values > 0 for name, values in margins.items()}
     part = {name: float(values.mean()) for name, values in right.items()}
     ranks = {name: f"{report.rank_correlation(values, lengths):.2f}" for name, values in margins.items()}
@@ -446,16 +452,14 @@ def test_floats_are_written_short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.dumps(found) == '{"a": [1234.57, 82, true, 28448517], "b": 3.9e-05, "c": null}'
 
 
-def test_the_results_hold_no_text_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_results_hold_no_text_of_the_data(monkeypatch: pytest.MonkeyPatch, measured: dict[str, Any]) -> None:
     """Prompts are file and row; the only long texts are answers, none of which quotes five words of its prompt."""
-    if not RESULTS.exists():
-        pytest.skip("no results are committed")
     whole = RESULTS.read_text(encoding="utf-8")
-    answers = json.loads(whole)["stages"]["answers"]
+    answers = measured["stages"]["answers"]
     for prompt in answers["prompts"]:
         assert set(prompt) == {"source", "file", "row"} and isinstance(prompt["row"], int)
     shown = [text for name in ("cpt", "sft", "dpo", "simpo") for text in answers[name]["shown"]]
-    assert {text for text in _strings(json.loads(whole)) if len(text) > 60} <= set(shown)
+    assert {text for text in _strings(measured) if len(text) > 60} <= set(shown)
     assert len(whole) < 250_000 and not re.search(r'"(/|~|[A-Za-z]:\\)', whole)
     data = ROOT.parent / "shared" / "data"
     if not data.exists():

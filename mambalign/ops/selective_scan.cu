@@ -385,7 +385,7 @@ __device__ __forceinline__ void walk_tails(const Params& p, int index) {
       const Prepared delta = prepare<true>(from_delta + tile * STRIDE(p, delta), STRIDE(p, delta), lane, count, exist);
       const Prepared z = prepare<GATED>(from_z + tile * STRIDE(p, z), STRIDE(p, z), lane, count, exist);
       const Prepared d_out = prepare<true>(from_d_out + tile * STRIDE(p, d_out), STRIDE(p, d_out), lane, count, exist);
-      const Quad bias = p.bias ? quad(p.bias + lane.first_channel) : Quad{};
+      const Quad bias = vector(p.bias, lane);
       stage(rows_C, fetch_rows(p.C + (i64)(unit.begin + tile) * STRIDE(p, C), STRIDE(p, C), count, STATES(p)));
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
