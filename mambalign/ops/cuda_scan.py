@@ -400,8 +400,6 @@ class SelectiveScan(torch.autograd.Function):
         problem.walk("scan_heads", plan, plan.heads, values)
         problem.join("join_forward", values)
         problem.walk("scan_forward", plan, plan.all, values)
-        if any(ctx.needs_input_grad):
-            problem.plan("scan_backward")  # made now, while the device is busy: when it is needed, it may wait for it
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
@@ -461,4 +459,6 @@ def _tokens(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) ->
 def selective_scan(*args: Any) -> tuple[Tensor, Tensor | None]:
     """CUDA backend; arguments as `mambalign.ops.reference.selective_scan`, then `joint`, `log_A`."""
     y, final_state = SelectiveScan.apply(*args)
+    if y.requires_grad:
+        y.grad_fn.problem.plan("scan_backward")  # made while the device is busy: when it is needed, it may wait for it
     return y, final_state

@@ -175,4 +175,5 @@ def token_logps(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     held = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
     rows = chunk_size or _evenly(hidden.shape[0], max(1, held // weight.shape[0]))
+    summed = summed and torch.is_grad_enabled()  # within a Function all inputs look as if gradients were wanted
     return BACKENDS[select_backend(backend, hidden.device, hidden, weight)[0]](hidden, weight, labels, rows, summed)

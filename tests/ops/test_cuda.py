@@ -436,6 +436,14 @@ def test_what_goes_in_a_relay(rows: int, length: int, D: int, goes: bool, monkey
     assert not cuda_scan._is_relay(forked, blocks, device)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_only_where_gradients_are_wanted_a_plan_is_made_for_them(wanted: bool) -> None:
+    segments, inputs = Segments.from_lengths([40, 30]), scan_inputs(70, 2, torch.float32, D=20, N=16)
+    with torch.set_grad_enabled(wanted):
+        selective_scan(**inputs, segments=segments, backend="cuda")
+    assert [key[-1] for key in segments._plans if key[0] == "cuda scan"] == ([False, True] if wanted else [False])
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_leg_before_one_is_a_round_of_rows_earlier(backwards: bool) -> None:
     """The emulation, which runs one block after the other, would not notice one that nobody waits for."""
