@@ -82,6 +82,8 @@ def load_transformer(path: str, weights: str) -> Any:
 def _prepared(model: Any, weights: str, recompute: bool | str) -> Any:
     if weights == "bf16":
         model = model.to(torch.bfloat16)
+    if hasattr(model, "set_cuda_graphs"):  # ours, as a run trains it
+        model.set_cuda_graphs(True)
     set_recompute(model, recompute)
     return model.train()
 

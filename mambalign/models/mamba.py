@@ -23,8 +23,9 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as hf_falcon
 from transformers.models.mamba import modeling_mamba as hf_mamba
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
 
+from mambalign.models.cuda_graphs import GraphedLayers
 from mambalign.models.recompute import Recomputation
-from mambalign.ops import Segments, add_rms_norm, causal_conv1d, halves, selective_scan, token_logps
+from mambalign.ops import Segments, add_rms_norm, causal_conv1d, embedding, halves, selective_scan, token_logps
 from mambalign.ops.backends import take_rows
 from mambalign.ops.halves import JointGradient
 from mambalign.ops.rms_norm import normalised
@@ -65,6 +66,15 @@ class StepSizeProjection(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """With a gradient that repeats bit for bit on a GPU."""
+
+    backend = "auto"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return embedding(input, self.weight, self.backend)
 
 
 class RMSNorm(hf_mamba.MambaRMSNorm):
@@ -313,13 +323,15 @@ class PackedModel:
     _keep_in_fp32_modules_strict = FP32_PATTERNS
     pretrained_class: type[Any]
     block_class: type[Any]
+    graphable = True  # all of the layers' kernels take what they know of segments from tables of `Segments.plan`
 
     def __init__(self: Any, config: Any):
         # Past transformers' own constructor, which would build (and initialise) every layer a second time.
         self.pretrained_class.__init__(self, config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([self.block_class(config, layer_idx=i) for i in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
+        self.graphs: GraphedLayers | None = None
         self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
 
@@ -380,6 +392,33 @@ class PackedModel:
             return out.index_copy(0, real, packed[0]).view(rows, length, packed.shape[-1])
 
         collected: list[Tensor] = []
+        plain = initial_states is None and cache_params is None and not (output_hidden_states or output_final_states)
+        normed, finals = None, []
+        if plain and self.graphs is not None and self.training and torch.is_grad_enabled():
+            normed = self.graphs(self, hidden, segments)
+        if normed is None:
+            normed, finals = self.run_layers(
+                hidden, segments, cache_params, initial_states, output_final_states,
+                (lambda stream: collected.append(padded(stream))) if output_hidden_states else None,
+            )  # fmt: skip
+        hidden = padded(normed)
+        all_hidden = (*collected, hidden) if output_hidden_states else None
+        cache = cache_params if use_cache else None
+        final_states = tuple(finals) if output_final_states else None
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(v for v in (hidden, cache, all_hidden, final_states) if v is not None)
+        return BackboneOutput(hidden, cache, all_hidden, final_states)
+
+    def run_layers(
+        self: Any,
+        hidden: Tensor,
+        segments: Segments,
+        cache_params: Cache | None = None,
+        initial_states: Sequence[LayerState] | None = None,
+        output_final_states: bool = False,
+        see: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, list[LayerState]]:
+        """All layers and the last norm on packed `[1, T, hidden]`; `see` is shown the stream behind every layer."""
         finals: list[LayerState] = []
         residual = None
         states: Sequence[Any] = initial_states or [()] * len(self.layers)
@@ -390,15 +429,9 @@ class PackedModel:
                 hidden, residual, *state, cache_params=cache_params, segments=segments, output_state=output_final_states
             )
             finals += [tuple(final)] if final else []
-            if output_hidden_states:
-                collected.append(padded(hidden + residual))
-        hidden = padded(self.norm_f(hidden, residual))
-        all_hidden = (*collected, hidden) if output_hidden_states else None
-        cache = cache_params if use_cache else None
-        final_states = tuple(finals) if output_final_states else None
-        if not (self.config.return_dict if return_dict is None else return_dict):
-            return tuple(v for v in (hidden, cache, all_hidden, final_states) if v is not None)
-        return BackboneOutput(hidden, cache, all_hidden, final_states)
+            if see is not None:
+                see(hidden + residual)
+        return self.norm_f(hidden, residual), finals
 
 
 class MambaModel(PackedModel, hf_mamba.MambaModel):
@@ -436,6 +469,10 @@ class PackedCausalLM:
         """
         for layer in self.backbone.layers:
             layer.selective_recomputation = enabled
+
+    def set_cuda_graphs(self: Any, enabled: bool = True) -> None:
+        """Run the layers as CUDA graphs in training, where they can be (see `mambalign.models.cuda_graphs`)."""
+        self.backbone.graphs = GraphedLayers() if enabled else None
 
     def forward(
         self: Any,

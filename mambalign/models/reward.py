@@ -48,6 +48,7 @@ class PackedRewardModel:
     backbone_class: type[Any]
     set_backend = PackedCausalLM.set_backend
     set_selective_recomputation = PackedCausalLM.set_selective_recomputation
+    set_cuda_graphs = PackedCausalLM.set_cuda_graphs
 
     def __init__(self: Any, config: Any):
         self.pretrained_class.__init__(self, config)

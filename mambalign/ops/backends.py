@@ -14,7 +14,7 @@ from torch import Tensor
 logger = logging.getLogger("mambalign")
 
 SCANS = ("selective_scan", "ssd")  # a model has one of them
-OPS = (*SCANS, "causal_conv1d", "token_logps", "rms_norm")
+OPS = (*SCANS, "causal_conv1d", "token_logps", "rms_norm", "embedding")
 REASONS = {"cuda": "kernels compiled for this GPU", "torch": "plain PyTorch, on any device"}
 
 

@@ -13,6 +13,7 @@
 typedef Scalar<W_IO>::type w_io;
 
 // Tokens [begin, begin + length) of `segment`; the segment ends at `end`, and `offset` of its tokens lie before `begin`.
+// Without tokens: room that is not used.
 struct Run {
   int begin, length, segment, offset, end;
 };
@@ -29,6 +30,8 @@ struct Params {
   float* d_windows;      // [S * (W - 1), D]: gradient of what lies before each segment
   w_io *d_weight, *d_bias;  // as weight and bias
   i64 num_channels, num_runs;
+  const float* handed;  // a table as `d_windows`, whose rows are added to the tokens they belong to: token k of
+  const int *handed_tokens, *handed_starts, *handed_rows;  // these gets rows [starts[k], starts[k + 1]) of the last
 };
 
 struct Row {
@@ -153,6 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(const Params 
   const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
   if (channel >= ROW_LENGTH(p)) return;
   const Run run = p.runs[blockIdx.x];
+  if (run.length == 0) return;
   const io* from = FROM(x);
   io* to = p.y + (i64)run.begin * ROW_LENGTH(p) + channel;
   Group next = load_group(from, STRIDE(p, x), run.length);
@@ -221,6 +225,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(cons
   const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
   if (channel >= ROW_LENGTH(p)) return;
   const Run run = p.runs[blockIdx.x];
+  float* share = p.d_weights + (i64)blockIdx.x * (W + 1) * ROW_LENGTH(p) + channel;
+  if (run.length == 0) {
+#pragma unroll
+    for (int k = 0; k <= W; ++k) store_floats(share + k * ROW_LENGTH(p), Row{});
+    return;
+  }
   const int last = run.length + W - 1, end = min(last, run.end - run.begin);
   Backward at;
   at.from_x = FROM(x), at.from_d = FROM(d_y), at.from_again = p.d_y_again ? FROM(d_y_again) : 0;
@@ -239,10 +249,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(cons
     at.from_x += GROUP * STRIDE(p, x), at.from_d += GROUP * STRIDE(p, d_y), at.to += GROUP * STRIDE(p, d_x);
     if (at.from_again) at.from_again += GROUP * STRIDE(p, d_y_again);
   }
-  float* share = p.d_weights + (i64)blockIdx.x * (W + 1) * ROW_LENGTH(p) + channel;
 #pragma unroll
   for (int k = 0; k < W; ++k) store_floats(share + k * ROW_LENGTH(p), at.d_taps.tap[k]);
   store_floats(share + W * ROW_LENGTH(p), at.d_taps.bias);
+}
+
+// To the gradient of a token what the windows of other segments hand back to it, in the order of the rows. One channel a
+// thread: there are few such tokens.
+extern "C" __global__ void __launch_bounds__(THREADS) hand_back(const Params p) {
+  const int channel = blockIdx.y * THREADS + threadIdx.x, begin = p.handed_starts[blockIdx.x];
+  const int end = p.handed_starts[blockIdx.x + 1];
+  if (channel >= ROW_LENGTH(p) || begin == end) return;
+  io* at = p.d_x + (i64)p.handed_tokens[blockIdx.x] * STRIDE(p, d_x) + channel;
+  float total = widen(*at);
+  for (int k = begin; k < end; ++k) total += p.handed[(i64)p.handed_rows[k] * ROW_LENGTH(p) + channel];
+  *at = narrow(total);
 }
 
 // The gradients of weight and bias from the shares of all runs. Tap blockIdx.y, or the bias, of 32 channels a block.

@@ -7,8 +7,9 @@ shape, which is then added to the rows it belongs to: several children of one pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mambalign.ops import nvrtc
 from mambalign.ops.backends import add_rows, send, send_together
 from mambalign.ops.halves import JointGradient
 from mambalign.ops.nvrtc import IO
-from mambalign.ops.segments import Segments
+from mambalign.ops.segments import Segments, Tables
 
 SOURCE = Path(__file__).with_name("causal_conv1d.cu")
 RUN = 64  # tokens; the W - 1 around each are read twice, and each leaves its share of the taps' gradients
@@ -33,57 +34,68 @@ STATIC = True  # compile for the row lengths at hand: addresses then cost no ins
 class Plan:
     """`runs` int32 `[R, 5]` as `struct Run`, `windows` int32 `[S, W - 1]` before the segments, both on the device.
 
-    What only some calls need is sent when it is asked for: until the first kernel runs, the device waits for the host.
-
-    first, last: int64 `[S, W - 1]` on the host, the windows before and after segments, entries as in
-    `Segments.windows`. used: bool `[S]`, the segments that have tokens.
+    entering: who is handed the gradients of those windows.
     """
 
     runs: Tensor
     windows: Tensor
-    first: Tensor
-    last: Tensor
-    used: Tensor
-
-    @cached_property
-    def final_windows(self) -> Tensor:
-        return send(self.last, self.runs.device)
-
-    @cached_property
-    def crossing(self) -> Crossing:
-        """Of the windows before segments."""
-        used = torch.repeat_interleave(self.used, self.first.shape[1])
-        return _crossing(self.first.flatten(), used, self.runs.device)
-
-    @cached_property
-    def leaving(self) -> Crossing:
-        """Of the windows after them."""
-        return _crossing(self.last.flatten(), torch.ones(self.last.numel(), dtype=torch.bool), self.runs.device)
+    entering: Handed
 
 
 @dataclass
-class Crossing:
-    """Where the rows of a flattened table of windows point: `x[tokens[i]]` or `initial[k]`.
+class Handed:
+    """Of a flattened table of windows: token `tokens[k]` gets rows `rows[starts[k] : starts[k + 1]]`, all int32."""
 
-    `token_rows` are the table's rows that point at tokens, `place` their positions in `tokens`, which has none twice.
-    """
-
-    token_rows: Tensor
     tokens: Tensor
-    place: Tensor
-    initial_rows: Tensor
-    initial: Tensor
+    starts: Tensor
+    rows: Tensor
 
 
 def plan(segments: Segments, width: int, device: torch.device) -> Plan:
-    key = ("cuda conv", width, str(device))
-    if key not in segments._plans:
-        used = segments.lengths > 0
-        first = torch.full((segments.num_segments, width), -1)
-        first[used] = segments.windows_at(segments.cu_seqlens[:-1][used], width)
-        runs, windows = send_together([_runs(segments), first.int()], device)
-        segments._plans[key] = Plan(runs, windows, first, segments.final_windows(width), used)
-    return segments._plans[key]  # type: ignore[return-value]
+    def tables(segments: Segments) -> Tables:
+        first = _first(segments, width)
+        handed = _handed(first, segments.num_segments * width if segments.fixed else 0)
+        return None, [_runs(segments), first.int(), *handed]
+
+    made: Plan = segments.plan(("cuda conv", width, str(device)), device, tables, _built)
+    return made
+
+
+def _built(_: None, runs: Tensor, windows: Tensor, *handed: Tensor) -> Plan:
+    return Plan(runs, windows, Handed(*handed))
+
+
+def _first(segments: Segments, width: int) -> Tensor:
+    """int64 `[S, width]`: the windows before segments, entries as in `Segments.windows`; of empty ones past the end."""
+    used = segments.lengths > 0
+    first = torch.full((segments.num_segments, width), -1 - segments.num_segments * width)
+    first[used] = segments.windows_at(segments.cu_seqlens[:-1][used], width)
+    return first
+
+
+def _remembered(segments: Segments, width: int, device: torch.device, make: Callable[[Segments, int], Any]) -> Any:
+    """What only calls with states need, sent when it is asked for: until the first kernel runs, the device waits."""
+    key = ("cuda conv", make, width, str(device))
+    if key not in segments.memo:
+        made = make(segments, width)
+        segments.memo[key] = send_together(made, device) if isinstance(made, list) else send(made, device)
+    return segments.memo[key]
+
+
+def _leaving(segments: Segments, width: int) -> list[Tensor]:
+    """As `Handed`, of the windows after segments."""
+    return _handed(segments.final_windows(width))
+
+
+def _given(segments: Segments, width: int) -> list[Tensor]:
+    """Rows of the flattened windows before segments, the rows of the initial windows that they are, and both of the
+    windows after segments."""
+    found = []
+    for entries in (_first(segments, width), segments.final_windows(width)):
+        flat = entries.flatten()
+        rows = ((flat < 0) & (-flat <= flat.numel())).nonzero()[:, 0]
+        found += [rows, -1 - flat[rows]]
+    return found
 
 
 def _runs(segments: Segments) -> Tensor:
@@ -92,14 +104,27 @@ def _runs(segments: Segments) -> Tensor:
     number = torch.arange(segment.numel()) - torch.repeat_interleave(count.cumsum(0) - count, count)
     begin, end = segments.cu_seqlens[segment] + number * RUN, segments.cu_seqlens[segment + 1]
     length = torch.minimum(end - begin, torch.tensor(RUN))
-    return torch.stack([begin, length, segment, number * RUN, end], dim=1).int()
+    runs = torch.stack([begin, length, segment, number * RUN, end], dim=1).int()
+    room = segments.num_segments + segments.num_tokens // RUN if segments.fixed else 0
+    return _filled(runs, room, 0)
 
 
-def _crossing(entries: Tensor, used: Tensor, device: torch.device) -> Crossing:
-    token_rows = (used & (entries >= 0)).nonzero()[:, 0]
-    tokens, place = entries[token_rows].unique(return_inverse=True)
-    initial_rows = (used & (entries < 0)).nonzero()[:, 0]
-    return Crossing(*send_together([token_rows, tokens, place, initial_rows, -1 - entries[initial_rows]], device))
+def _filled(table: Tensor, room: int, value: int) -> Tensor:
+    """`table` with rows of `value` behind it, up to `room` of them."""
+    return torch.cat([table, table.new_full((max(0, room - table.shape[0]), *table.shape[1:]), value)])
+
+
+def _handed(entries: Tensor, room: int = 0) -> list[Tensor]:
+    """As in `Handed`, int32; where there are any, with room for so many."""
+    flat = entries.flatten()
+    rows = (flat >= 0).nonzero()[:, 0]
+    tokens, counts = flat[rows].unique(return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    rows = rows[flat[rows].argsort(stable=True)]
+    if rows.numel():
+        tokens, rows = _filled(tokens, room, 0), _filled(rows, room, 0)
+        starts = _filled(starts, room + bool(room), int(starts[-1]))
+    return [tokens.int(), starts.int(), rows.int()]
 
 
 def unavailable(device: torch.device, weight: Tensor | None = None, *others: Tensor | None) -> str | None:
@@ -136,7 +161,11 @@ class CausalConv1d(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Over the same memory: what its users send back arrives apart, for the kernel to add.
         again = y.detach()
-        return y, _final_state(x, initial, chart.final_windows) if output_final_state else None, again
+        final = None
+        if output_final_state:
+            windows = _remembered(segments, weight.shape[1] - 1, x.device, Segments.final_windows)
+            final = _final_state(x, initial, windows)
+        return y, final, again
 
     @staticmethod
     @once_differentiable
@@ -160,9 +189,15 @@ class CausalConv1d(torch.autograd.Function):
         d_bias = values["d_bias"] = None if bias is None else torch.empty_like(values["bias"])
         kernels.launch("sum_taps", (-(-D // 32), W + 1), nvrtc.SUMMERS, values)
         d_initial = torch.zeros_like(d_windows) if initial_state is not None else None
-        _hand_back(chart.crossing, d_windows, d_x, d_initial)
+        tables = [d_windows]
+        _hand_back(kernels, chart.entering, d_windows, values)
         if d_final is not None:
-            _hand_back(chart.leaving, d_final.float().transpose(1, 2).flatten(0, 1), d_x, d_initial)
+            tables.append(d_final.float().transpose(1, 2).flatten(0, 1).contiguous())
+            _hand_back(kernels, Handed(*_remembered(ctx.segments, W - 1, x.device, _leaving)), tables[1], values)
+        if d_initial is not None:
+            given = _remembered(ctx.segments, W - 1, x.device, _given)
+            for gradients, rows, initial in zip(tables, given[::2], given[1::2], strict=False):
+                add_rows(d_initial, initial, gradients[rows])
         return (
             d_x,
             d_weight.to(weight.dtype),
@@ -266,14 +301,12 @@ def _final_state(x: Tensor, initial: Tensor | None, windows: Tensor) -> Tensor:
     return final.transpose(1, 2)
 
 
-def _hand_back(crossing: Crossing, gradients: Tensor, d_x: Tensor, d_initial: Tensor | None) -> None:
-    """Add the gradients of a table of windows to the tokens and initial inputs that its rows point at."""
-    if crossing.tokens.numel():
-        total = d_x[crossing.tokens].float()
-        add_rows(total, crossing.place, gradients[crossing.token_rows])
-        d_x[crossing.tokens] = total.to(d_x.dtype)
-    if d_initial is not None and crossing.initial.numel():
-        add_rows(d_initial, crossing.initial, gradients[crossing.initial_rows])
+def _hand_back(kernels: Any, handed: Handed, gradients: Tensor, values: dict[str, Any]) -> None:
+    """Add the gradients of a table of windows to those of the tokens that its rows are; `values`: of the call."""
+    values = values | {"handed": gradients, "handed_tokens": handed.tokens}
+    values |= {"handed_starts": handed.starts, "handed_rows": handed.rows}
+    blocks = -(-values["num_channels"] // THREADS)
+    kernels.launch("hand_back", (handed.tokens.numel(), blocks), THREADS, values)
 
 
 def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor | None, Tensor]:

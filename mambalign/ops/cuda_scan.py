@@ -33,10 +33,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
-from mambalign.ops.backends import send_together
 from mambalign.ops.halves import JointGradient
 from mambalign.ops.nvrtc import IO
-from mambalign.ops.segments import Segments
+from mambalign.ops.segments import Segments, Tables
 
 SOURCE = Path(__file__).with_name("selective_scan.cu")
 PARAMETERS = Path(__file__).with_name("scan_parameters.cu")
@@ -71,29 +70,36 @@ class Walk:
 
 @dataclass
 class Plan:
-    """`units` int32 `[U, 10]` as `struct Unit`; `joined`: those with a parent or a child, parents first.
+    """`units` int32 `[U, 10]` as `struct Unit`; `joined`: those with a parent or a child, parents first; then -1.
 
     `rows`: 0, or in a relay, whose items are the units in their order, how many of them are next to each other.
     """
 
     units: Tensor
     joined: Tensor
+    checkpoints: int
+    rows: int
     all: Walk
     heads: Walk
     tails: Walk
-    checkpoints: int
-    rows: int = 0
 
 
 def plan(segments: Segments, blocks: int, held: int, device: torch.device, backwards: bool = False) -> Plan:
     """Cut and distribute `segments` for `blocks` blocks of channels on a device that runs `held` blocks at a time."""
-    key = ("cuda scan", blocks, held, SHORTEST_PIECE, str(device), backwards)
-    if key not in segments._plans:
+
+    def tables(segments: Segments) -> Tables:
         if _is_relay(segments, blocks, device):
-            segments._plans[key] = _relay(segments, device, backwards)
-        else:
-            segments._plans[key] = _plan(segments, blocks, held, device)
-    return segments._plans[key]  # type: ignore[return-value]
+            return _relay(segments, backwards)
+        return _distributed(segments, blocks, held, device)
+
+    made: Plan = segments.plan(
+        ("cuda scan", blocks, held, SHORTEST_PIECE, str(device), backwards), device, tables, _built
+    )
+    return made
+
+
+def _built(facts: tuple[int, int], units: Tensor, joined: Tensor, *walks: Tensor) -> Plan:
+    return Plan(units, joined, *facts, *(Walk(*walks[i : i + 2]) for i in (0, 2, 4)))
 
 
 def _is_relay(segments: Segments, blocks: int, device: torch.device) -> bool:
@@ -105,14 +111,14 @@ def _is_relay(segments: Segments, blocks: int, device: torch.device) -> bool:
 
 def _are_equal_roots(segments: Segments) -> bool:
     key = ("equal roots", SHORTEST_PIECE)
-    if key not in segments._plans:
-        lengths = segments.cu_seqlens.diff()
+    if key not in segments.memo:
+        lengths = segments.lengths
         equal = bool((lengths == lengths[0]).all() and (segments.parent < 0).all())
-        segments._plans[key] = equal and LEGS * SHORTEST_PIECE <= int(lengths[0]) <= LEGS * LONGEST_PIECE
-    return segments._plans[key]  # type: ignore[return-value]
+        segments.memo[key] = equal and LEGS * SHORTEST_PIECE <= int(lengths[0]) <= LEGS * LONGEST_PIECE
+    return bool(segments.memo[key])
 
 
-def _relay(segments: Segments, device: torch.device, backwards: bool) -> Plan:
+def _relay(segments: Segments, backwards: bool) -> Tables:
     """Segments of one length in `LEGS` units each: first legs first, or last legs first, one an item."""
     length = int(segments.cu_seqlens[1])
     step, tiles = _up(-(-length // LEGS), TILE), -(-length // TILE)
@@ -125,14 +131,13 @@ def _relay(segments: Segments, device: torch.device, backwards: bool) -> Plan:
             tile, begin = segment * tiles + cut // TILE, segment * length + cut
             units.append((begin, tokens, segment, before, -1, tile, last, False, before, after))
     legs = sorted(range(len(units)), key=lambda u: -(u % len(cuts)) if backwards else u % len(cuts))
-    table, order, starts, none = _sent(device, itertools.chain(*units), legs, range(len(legs) + 1), [0])
-    nothing, rows = Walk(none, none[:0]), segments.num_segments
-    return Plan(table.view(-1, 10), none[:0], Walk(starts, order), nothing, nothing, tiles * rows, rows)
+    rows = segments.num_segments
+    walks = [range(len(legs) + 1), legs, *2 * ([0], [])]
+    return (tiles * rows, rows), [_int32(units).view(-1, 10), _int32([]), *map(_int32, walks)]
 
 
-def _sent(device: torch.device, *tables: Iterable[int]) -> list[Tensor]:
-    """int32, on the device."""
-    return send_together([torch.tensor([*table], dtype=torch.int32) for table in tables], device)
+def _int32(values: Iterable[Any]) -> Tensor:
+    return torch.tensor([*values], dtype=torch.int32)
 
 
 def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> int:
@@ -144,9 +149,13 @@ def _longest_piece(segments: Segments, blocks: int, held: int, enough: int) -> i
     return min(_up(longest, TILE), LONGEST_PIECE)
 
 
-def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> Plan:
+def _distributed(segments: Segments, blocks: int, held: int, device: torch.device) -> Tables:
     longest = _longest_piece(segments, blocks, held, ENOUGH * nvrtc.multiprocessors(device))
-    begins, lengths, parents, owners, lasts = [], [], [], [], []
+    begins: list[int] = []
+    lengths: list[int] = []
+    parents: list[int] = []
+    owners: list[int] = []
+    lasts: list[bool] = []
     last_unit: list[int] = []  # of each segment
     for segment, (begin, end, parent) in enumerate(
         zip(segments.cu_seqlens.tolist(), segments.cu_seqlens[1:].tolist(), segments.parent.tolist(), strict=False)
@@ -155,6 +164,8 @@ def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> P
         step = _up(-(-(end - begin) // pieces), TILE)
         cuts = [*range(begin, end, step)] or [begin]
         before = last_unit[parent] if parent >= 0 else -1
+        if segments.fixed and begin == end:  # many are, and nobody asks for their states
+            cuts = []
         for cut in cuts:
             begins.append(cut)
             lengths.append(min(step, end - cut))
@@ -171,31 +182,44 @@ def _plan(segments: Segments, blocks: int, held: int, device: torch.device) -> P
     slots = dict(zip(joined, itertools.count(), strict=False))
     tiles = [-(-length // TILE) for length in lengths]
     first_tile = [0, *itertools.accumulate(tiles)]
-    rows = [
+    units: list[tuple[Any, ...]] = [
         (begins[u], lengths[u], owners[u], parents[u], slots.get(u, -1), first_tile[u], lasts[u], has_child[u], -1, -1)
         for u in range(len(begins))
     ]
-    most = max(1, -(-4 * held // blocks))
     walked = (range(len(begins)), [u for u in joined if has_child[u]], [u for u in joined if parents[u] >= 0])
-    walks = [table for units in walked for table in _walk(units, lengths, most)]
-    table, joined_table, *sent = _sent(device, itertools.chain(*rows), joined, *walks)
-    everything, heads, tails = (Walk(*sent[i : i + 2]) for i in (0, 2, 4))
-    return Plan(table.view(-1, 10), joined_table, everything, heads, tails, first_tile[-1])
+    # As many as there can be, of these tokens in these segments: no piece that is not a segment's last is shorter.
+    room = segments.num_segments + segments.num_tokens // SHORTEST_PIECE if segments.fixed else 0
+    checkpoints = segments.num_segments + segments.num_tokens // TILE if segments.fixed else first_tile[-1]
+    walks = [table for part in walked for table in _walk(part, lengths, blocks, held, room)]
+    units += [(0,) * 10] * (room - len(units))
+    joined += [-1] * (room - len(joined) if joined else 0)
+    return (checkpoints, 0), [_int32(units).view(-1, 10), _int32(joined), *map(_int32, walks)]
 
 
 def _up(x: int, multiple: int) -> int:
     return max(multiple, -(-x // multiple) * multiple)
 
 
-def _walk(units: Sequence[int], lengths: Sequence[int], most: int) -> tuple[list[int], list[int]]:
-    """Spread units over at most `most` items, longest first to the item with the fewest tokens; as in `Walk`."""
-    items: list[list[int]] = [[] for _ in range(min(most, len(units)))]
-    loads = [(0, item) for item in range(len(items))]
+def _walk(
+    units: Sequence[int], lengths: Sequence[int], blocks: int, held: int, room: int
+) -> tuple[list[int], list[int]]:
+    """Spread units over items, longest first to the item with the fewest tokens; as in `Walk`.
+
+    room: units that the tables are to have room for, and items with them; 0 for no more than there are.
+    """
+    count = most = max(1, -(-4 * held // blocks))
+    # Where all blocks run at a time the device spreads them evenly, and must not count any that have nothing to do.
+    if not room or len(units) * blocks < held:
+        count = min(most, len(units))
+    items: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, item) for item in range(count)]
     for unit in sorted(units, key=lambda u: -lengths[u]):
         load, item = heapq.heappop(loads)
         items[item].append(unit)
         heapq.heappush(loads, (load + lengths[unit], item))
-    return [0, *itertools.accumulate(map(len, items))], [*itertools.chain(*items)]
+    listed = [*itertools.chain(*items)]
+    more = room - len(listed) if listed else 0
+    return [0, *itertools.accumulate(map(len, items))], listed + [0] * max(0, more)
 
 
 def unavailable(device: torch.device, A: Tensor | None = None, *others: Tensor | None) -> str | None:

@@ -76,9 +76,9 @@ class Level:
 
 def plan(segments: Segments, device: torch.device) -> list[Level]:
     key = ("fla ssd", str(device))
-    if key not in segments._plans:
-        segments._plans[key] = [_level(segments, torch.tensor(level), device) for level in segments.levels]
-    return segments._plans[key]  # type: ignore[return-value]
+    if key not in segments.memo:
+        segments.memo[key] = [_level(segments, torch.tensor(level), device) for level in segments.levels]
+    return segments.memo[key]
 
 
 def _level(segments: Segments, members: Tensor, device: torch.device) -> Level:

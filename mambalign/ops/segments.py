@@ -9,11 +9,30 @@ tree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mambalign.ops.backends import send
+
+# What an op makes of segments on the host: numbers that decide how it is called, and tables of one dtype for a device.
+Tables = tuple[Any, list[Tensor]]
+
+
+@dataclass
+class _Made:
+    """A plan, and how it is made for other segments."""
+
+    tables: Callable[[Segments], Tables]
+    build: Callable[..., Any]
+    facts: Any
+    shapes: list[torch.Size]
+    sent: Tensor
+    plan: Any
 
 
 class Segments:
@@ -25,7 +44,10 @@ class Segments:
         parent: int64 `[S]`, `-1` for a root, else the index of an *earlier* segment. `None` means all roots.
 
     The structure lives on the CPU, whatever device the packed tensors are on, because it decides shapes and loop
-    bounds; index tensors made from it are moved once per device and kept (`on`).
+    bounds; index tensors made from it are moved once per device and kept (`on`, `plan`).
+
+    fixed: the tables of its plans have shapes that depend on the numbers of tokens and segments alone, with empty
+        entries where less is needed: what a CUDA graph needs to run again on other segments (`padded`, `become`).
 
     Example:
         >>> pair = Segments.from_lengths([5, 3, 4], parent=[-1, 0, 0])  # prompt, chosen, rejected
@@ -49,8 +71,10 @@ class Segments:
             raise ValueError("cu_seqlens must start at 0 and never decrease")
         if bool(((self.parent < -1) | (self.parent >= torch.arange(count))).any()):
             raise ValueError("parent[s] must be -1 (a root) or the index of an earlier segment")
+        self.fixed = False
+        self.memo: dict[object, Any] = {}  # what ops remember of these segments
         self._on_device: dict[tuple[str, str], Tensor] = {}
-        self._plans: dict[object, object] = {}
+        self._plans: dict[object, _Made] = {}
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], parent: Sequence[int] | None = None) -> Segments:
@@ -149,6 +173,72 @@ class Segments:
         if key not in self._on_device:
             self._on_device[key] = value.to(device)
         return self._on_device[key]
+
+    def plan(
+        self, key: object, device: torch.device, tables: Callable[[Segments], Tables], build: Callable[..., Any]
+    ) -> Any:
+        """`build(facts, *tables)` of `tables(self)`, these sent to `device` in one copy; made once for a `key`."""
+        if key not in self._plans:
+            facts, made = tables(self)
+            sent = send(torch.cat([table.flatten() for table in made]), device)
+            parts = sent.split([table.numel() for table in made])
+            placed = [part.view(table.shape) for part, table in zip(parts, made, strict=True)]
+            self._plans[key] = _Made(tables, build, facts, [t.shape for t in made], sent, build(facts, *placed))
+        return self._plans[key].plan
+
+    @property
+    def planned(self) -> set[str]:
+        """The first words of the keys of its plans: whose they are."""
+        return {str(key[0]) for key in self._plans if isinstance(key, tuple)}
+
+    def padded(self, num_tokens: int, num_segments: int) -> Segments:
+        """These, then a root of the tokens that are missing and empty roots, up to these numbers; `fixed`.
+
+        Raises:
+            ValueError: there is no room for them.
+
+        Example:
+            >>> Segments.from_lengths([5, 3], parent=[-1, 0]).padded(12, 4)
+            Segments(lengths=[5, 3, 4, 0], parent=[-1, 0, -1, -1])
+        """
+        tokens, segments = num_tokens - self.num_tokens, num_segments - self.num_segments
+        if tokens < 0 or segments < bool(tokens):
+            raise ValueError(f"{self} does not fit {num_tokens} tokens in {num_segments} segments")
+        more = torch.full((segments,), num_tokens)
+        padded = Segments(torch.cat([self.cu_seqlens, more]), torch.cat([self.parent, torch.full((segments,), -1)]))
+        padded.fixed = True
+        return padded
+
+    def prepare(self, like: Segments) -> bool:
+        """Make the plans that `like` has; whether `like` could `become` these."""
+        for key, theirs in like._plans.items():
+            self.plan(key, theirs.sent.device, theirs.tables, theirs.build)
+            mine = self._plans[key]
+            if mine.facts != theirs.facts or mine.shapes != theirs.shapes:
+                return False
+        return True
+
+    def become(self, other: Segments) -> bool:
+        """Describe what `other` does from now on, its plans written over these in place: whoever holds the addresses of
+        their tables works on `other`. False, and nothing changed, where a plan of `other` would have another shape.
+        """
+        if self == other:
+            return True
+        made = {key: mine.tables(other) for key, mine in self._plans.items()}
+        for key, (facts, tables) in made.items():
+            mine = self._plans[key]
+            if facts != mine.facts or [table.shape for table in tables] != mine.shapes:
+                return False
+        for key, (_, tables) in made.items():
+            sent = self._plans[key].sent
+            sent.copy_(send(torch.cat([table.flatten() for table in tables]), sent.device))
+        for name, value in list(vars(Segments).items()):
+            if isinstance(value, cached_property):
+                vars(self).pop(name, None)
+        self.memo.clear()
+        self._on_device.clear()
+        self.cu_seqlens, self.parent = other.cu_seqlens, other.parent
+        return True
 
     def __repr__(self) -> str:
         return f"Segments(lengths={self.lengths.tolist()}, parent={self.parent.tolist()})"

@@ -48,7 +48,7 @@ struct Params {
   i64 u_stride, delta_stride, B_stride, C_stride, z_stride, d_out_stride, d_z_stride;
   const Unit* units;
   const int *item_starts, *item_units;  // item i walks units item_units[item_starts[i] : item_starts[i + 1]]
-  const int* joined;                    // units with a slot, parents first
+  const int* joined;                    // units with a slot, parents first; then perhaps -1 for room that is not used
   const float *initial, *d_final;       // [S, 16, Dp] or null
   float *starts, *ends, *sums;          // [slots, 16, Dp], the same, [slots, Dp]
   float *checkpoints, *finals;          // state before every TILE tokens; after the last token of every segment
@@ -337,7 +337,7 @@ extern "C" __global__ void join_forward(const Params p) {
   const i64 Dp = p.padded_channels, element = blockIdx.x * (i64)blockDim.x + threadIdx.x, row = N * Dp;
   if (element >= row) return;
   const float A = p.A[element];
-  for (int k = 0; k < p.num_joined; ++k) {
+  for (int k = 0; k < p.num_joined && p.joined[k] >= 0; ++k) {
     const Unit unit = p.units[p.joined[k]];
     float start = p.initial ? p.initial[unit.segment * row + element] : 0.f;
     if (unit.parent >= 0) start = p.ends[p.units[unit.parent].slot * row + element];
@@ -352,11 +352,12 @@ extern "C" __global__ void join_backward(const Params p) {
   const i64 Dp = p.padded_channels, element = blockIdx.x * (i64)blockDim.x + threadIdx.x, row = N * Dp;
   if (element >= row) return;
   const float A = p.A[element];
-  for (int k = 0; k < p.num_joined; ++k) {
-    const Unit unit = p.units[p.joined[k]];
+  int joined = 0;
+  for (; joined < p.num_joined && p.joined[joined] >= 0; ++joined) {
+    const Unit unit = p.units[p.joined[joined]];
     p.ends[unit.slot * row + element] = unit.is_last && p.d_final ? p.d_final[unit.segment * row + element] : 0.f;
   }
-  for (int k = p.num_joined - 1; k >= 0; --k) {
+  for (int k = joined - 1; k >= 0; --k) {
     const Unit unit = p.units[p.joined[k]];
     if (unit.parent < 0) continue;
     const float decay = exp2_fast(A * p.sums[unit.slot * Dp + element % Dp]);

@@ -32,10 +32,10 @@ class Tap:
 def plan(segments: Segments, width: int, device: torch.device) -> tuple[list[Tap], Tensor]:
     """The taps at distances 1..width, and `final_windows` as rows of `[x ; initial windows]`."""
     key = ("conv", width, str(device))
-    if key not in segments._plans:
+    if key not in segments.memo:
         taps = _taps(segments, width, device)
-        segments._plans[key] = taps, _as_rows(segments.final_windows(width), segments.num_tokens).to(device)
-    return segments._plans[key]  # type: ignore[return-value]
+        segments.memo[key] = taps, _as_rows(segments.final_windows(width), segments.num_tokens).to(device)
+    return segments.memo[key]
 
 
 def _as_rows(entries: Tensor, num_tokens: int) -> Tensor:

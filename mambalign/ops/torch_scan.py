@@ -59,14 +59,14 @@ def plan(segments: Segments, state_size: int, device: torch.device) -> list[Grou
     step, tile = (CPU_STEP, CPU_TILE) if device.type == "cpu" else (GPU_STEP, GPU_TILE)
     max_lanes = max(1, step // state_size)
     key = ("scan", state_size, str(device))
-    cached = segments._plans.get(key)
+    cached = segments.memo.get(key)
     if cached is None:
-        cached = segments._plans[key] = [
+        cached = segments.memo[key] = [
             _group(segments, chosen, tile // state_size, device)
             for level in segments.levels
             for chosen in _split(sorted(level, key=lambda s: -int(segments.lengths[s])), max_lanes)
         ]
-    return cached  # type: ignore[return-value]
+    return cached
 
 
 def _split(items: list[int], size: int) -> Iterator[list[int]]:

@@ -80,9 +80,9 @@ def plan(segments: Segments, width: int, device: torch.device) -> Plan:
     """Cut `segments`, whose tokens have `width` elements each."""
     slack = (CPU_SLACK if device.type == "cpu" else GPU_SLACK) // width
     key = ("ssd", CHUNK, slack, str(device))
-    if key not in segments._plans:
-        segments._plans[key] = _plan(segments, slack, device)
-    return segments._plans[key]  # type: ignore[return-value]
+    if key not in segments.memo:
+        segments.memo[key] = _plan(segments, slack, device)
+    return segments.memo[key]
 
 
 def _plan(segments: Segments, slack: int, device: torch.device) -> Plan:

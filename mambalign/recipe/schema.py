@@ -258,6 +258,12 @@ class Recipe:
     gradient_checkpointing_kwargs: dict[str, Any] | None = _key(
         None, "training", "Arguments of gradient_checkpointing: true; use_reentrant is false unless given."
     )
+    cuda_graphs: bool = _key(
+        True,
+        "training",
+        "Start the layers' kernels together instead of one after the other: a small model no longer waits for the "
+        "host. On one NVIDIA GPU, for Mamba-1 and Falcon-Mamba; where it cannot be, the log says why.",
+    )
     optim: str = _arg("adamw_torch", "training", "Optimizer, by its name in transformers.")
     optim_args: str | None = _arg(None, "training", "Extra arguments of the optimizer: a=1,b=2.")
     adam_beta1: float = _arg(0.9, "training", "AdamW's first decay.")

@@ -66,7 +66,7 @@ TOKENIZE = {
 FREE_GROUPS = ("logging", "saving", "distributed")
 FREE_KEYS = frozenset(
     "resume max_tokens_per_device reference_batch_tokens preprocessing_num_workers per_device_eval_batch_size "
-    "gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps dataloader_num_workers "
+    "gradient_checkpointing gradient_checkpointing_kwargs cuda_graphs torch_empty_cache_steps dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor do_eval".split()
 )
 
@@ -469,6 +469,7 @@ def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any], An
         model = with_reward_head(model, recipe.seed)
     model.set_backend(recipe.backend)
     model.set_selective_recomputation(recipe.gradient_checkpointing == "selective")
+    model.set_cuda_graphs(recipe.cuda_graphs and not recipe.deepspeed)  # whose hooks on gradients nobody sees
     if not recipe.use_peft:
         return model, tokenizer, facts, None
     from mambalign.models.adapters import AdapterOptions, attach

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from mambalign.ops import (
     cuda_logps,
     cuda_norm,
     cuda_scan,
+    embedding,
     halves,
     nvrtc,
     rms_norm,
@@ -40,6 +42,7 @@ from tests.ops.test_ops import (
     scan_inputs,
 )
 
+EMBEDDING = importlib.import_module("mambalign.ops.embedding")  # whose name in the package is the function's
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here to compile the emulation with")
 
@@ -363,6 +366,24 @@ def test_a_step_of_generation_is_the_ops_at_one_token(D: int, N: int, W: int, dt
     one_step_is_the_ops(D, N, W, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [20, 19, 600])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 5000])
+def test_embedding(vocabulary: int, width: int, dtype: torch.dtype) -> None:
+    """Runs of one token within a chunk of 32, across one edge, and over several chunks."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    for tokens in (1, 32, 33, 131):
+        ids = torch.randint(vocabulary, (1, tokens), generator=generator)
+        weight = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+        d_rows = torch.randn(1, tokens, width, generator=generator).to(dtype)
+        rows = embedding(ids, weight, backend="cuda")
+        assert torch.equal(rows, weight[ids])
+        rows.backward(d_rows)
+        exact = torch.zeros(vocabulary, width, dtype=torch.float64).index_add_(0, ids[0], d_rows[0].double())
+        assert weight.grad is not None and weight.grad.dtype == dtype
+        assert relative_error(weight.grad, exact) < {torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 4e-3)
+
+
 def test_norm_into_the_stream_itself() -> None:
     x, stream, weight = torch.randn(3, 700).bfloat16(), torch.randn(3, 700), torch.randn(700)
     y, total = add_rms_norm(x, stream, weight, 1e-3, torch.bfloat16, backend="cuda")
@@ -386,6 +407,7 @@ def test_structs_of_host_and_kernels_agree() -> None:
     for source, constants in (
         (cuda_scan.PARAMETERS, {"STATES": cuda_scan.STATES}),
         (nvrtc.PREAMBLE, {"SUMMERS": nvrtc.SUMMERS // 32}),
+        (EMBEDDING.SOURCE, {"CHUNK": EMBEDDING.CHUNK}),
         (cuda_decode.SOURCE, {"THREADS": cuda_decode.THREADS}),
         (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
         (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES, "BLOCK": cuda_logps.BLOCK}),
@@ -447,7 +469,8 @@ def test_only_where_gradients_are_wanted_a_plan_is_made_for_them(wanted: bool) -
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_leg_before_one_is_a_round_of_rows_earlier(backwards: bool) -> None:
     """The emulation, which runs one block after the other, would not notice one that nobody waits for."""
-    relay = cuda_scan._relay(Segments.from_lengths([2048] * 3, [-1] * 3), torch.device("cpu"), backwards)
+    facts, tables = cuda_scan._relay(Segments.from_lengths([2048] * 3, [-1] * 3), backwards)
+    relay = cuda_scan._built(facts, *tables)
     order = relay.all.units.tolist()
     for place, unit in enumerate(order):
         before, after = relay.units[unit].tolist()[8:]

@@ -11,6 +11,7 @@ from mambalign.ops import (
     Segments,
     causal_conv1d,
     cuda_scan,
+    embedding,
     fla_ssd,
     gated_rms_norm,
     halves,
@@ -212,3 +213,21 @@ def test_gated_norm() -> None:
         torch.autograd.grad(gated_rms_norm(*given, group_size=128).pow(3).sum(), given) for given in (moved, double)
     )
     assert all(relative_error(a.cpu(), b) < 1e-5 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [3, 96, 50280])
+def test_embedding(vocabulary: int, dtype: torch.dtype) -> None:
+    """The same bits every time, also where tokens are many and PyTorch's sum depends on the run."""
+    torch.manual_seed(0)
+    ids = torch.randint(vocabulary, (20_000,))
+    d_rows = torch.randn(20_000, 256).to(dtype)
+    exact_sum = torch.zeros(vocabulary, 256, dtype=torch.float64).index_add_(0, ids, d_rows.double())
+    found = []
+    for _ in range(5):
+        weight = torch.randn(vocabulary, 256, device="cuda", dtype=dtype, requires_grad=True)
+        embedding(ids.cuda(), weight, backend="cuda").backward(d_rows.cuda())
+        assert weight.grad is not None
+        found.append(weight.grad)
+    assert relative_error(found[0].cpu(), exact_sum) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert all(torch.equal(found[0], other) for other in found)

@@ -1,0 +1,403 @@
+"""The layers' forward and backward pass as two CUDA graphs: one call of the host's instead of thousands.
+
+Small models wait for the host: 24 layers are 600 kernels each way, and Python starts one in 20 to 40 us. A graph starts
+all of them at once, and none waits for the one before it to be announced. What is in it are the layers and the last
+norm; the embedding, the head and the objective stay outside, so a graph knows nothing of targets and losses.
+
+A graph repeats the same kernels on the same addresses. Three things change between batches:
+
+    segments    All that kernels know of them lies in tables on the device, made for each batch by the ops' plans.
+                Tables of `fixed` segments have shapes that depend on numbers alone, so those of a new batch are written
+                over those that the graph was captured with (`Segments.become`).
+    tokens      Batches are filled with a sequence of zeros, to the next of 32 steps between powers of two, and with
+                empty segments to a power of two. No other sequence sees them, and to gradients they add zeros.
+    gradients   A graph leaves those of weights in memory of its own, and lends it to `parameter.grad`. Before it runs
+                again, what is still lent is copied.
+
+The first batch of a size runs without a graph, filled all the same, so all batches have the bits of a graph's kernels;
+the second is captured. Whatever a graph cannot do (`unfit`) is done without.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from mambalign.ops import Segments
+
+logger = logging.getLogger("mambalign")
+
+KEPT = 64  # graphs, each of a few MB beside the memory that all of them share
+STEPS = 32  # sizes between powers of two: 1.5 % of a batch is filling, on average
+SMALLEST_STEP = 64  # tokens
+PLANS = {"cuda scan", "cuda conv"}  # the ops whose tables a graph's layers may read, and nothing else of segments
+# Of the memory that a batch's layers keep for the backward pass, what has to be free: for the graphs, and for a batch
+# of a size without one, with what the backward pass makes on its way.
+ROOM = 2.5
+
+
+class GraphedLayers:
+    """Graphs of one model's layers, by the size of the batch; they share their memory, since one runs at a time."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[tuple[Any, ...], list[_Graph]] = OrderedDict()
+        self._tried: dict[tuple[Any, ...], list[tuple[Segments, int]]] = {}
+        self._signature: object = None
+        self._pool: Any = None
+        self._lent: list[tuple[nn.Parameter, Tensor]] = []
+        self._turn: Callable[[], _Turn | None] = lambda: None
+        self._said: str | None = None
+        self._failed: str | None = None
+        self._anchor = torch.empty(0, requires_grad=True)  # what has a gradient, where embeddings have none
+
+    def __deepcopy__(self, memo: Any) -> GraphedLayers:
+        return GraphedLayers()  # graphs belong to the weights they were captured with
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphedLayers, ()
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return sum(map(len, self._graphs.values()))
+
+    def __call__(self, backbone: Any, embeds: Tensor, segments: Segments) -> Tensor | None:
+        """`[1, T, H]` -> the last norm's output `[1, T, H]`; None where the layers are to be called as they are."""
+        reason = unfit(backbone, embeds)
+        if reason is None:
+            self._compare(_signature(backbone, embeds))
+            reason = self._failed
+        if reason is not None:
+            self._say(reason)
+            return None
+        turn = self._turn()
+        if turn is not None and not turn.done:  # its activations are still needed
+            return None
+        size = filled_size(segments)
+        filled = segments.padded(*size)
+        graph = next((g for g in self._graphs.get(size, []) if g.segments.become(filled)), None)
+        if graph is not None:
+            self._graphs.move_to_end(size)
+        else:
+            graph = self._capture(backbone, embeds, size, filled)
+        if graph is None:
+            return None if self._failed else self._try(backbone, embeds, size, filled)
+        self._take_back()
+        turn = _Turn(self, graph, embeds.shape[1])
+        self._turn = weakref.ref(turn)
+        hidden: Tensor = _Replayed.apply(embeds, self._anchor, turn)
+        return hidden
+
+    def _compare(self, signature: object) -> None:
+        """Begin anew where it is not what the graphs were captured with."""
+        if signature != self._signature:
+            self.clear()
+            self._signature, self._failed = signature, None
+
+    def clear(self) -> None:
+        """Let go of all graphs and of their memory; gradients stay."""
+        self._take_back()
+        self._graphs.clear()
+        self._tried.clear()
+        self._pool = None
+
+    def _try(self, backbone: Any, embeds: Tensor, size: tuple[int, int], filled: Segments) -> Tensor:
+        """Without a graph, on the batch that one would have: what is loaded at first use is, before one is captured."""
+        T = embeds.shape[1]
+        before = _allocated(embeds.device)
+        x = nn.functional.pad(embeds, (0, 0, 0, size[0] - T))
+        hidden: Tensor = backbone.run_layers(x, filled)[0]
+
+        def tried(_: Tensor) -> None:
+            if filled.planned == PLANS:
+                self._tried.setdefault(size, []).append((filled, kept))
+            elif not self._failed:
+                self._failed = f"its layers run other kernels than mambalign's: {', '.join(filled.planned) or 'none'}"
+
+        kept = _allocated(embeds.device) - before
+        hidden.register_hook(tried)
+        return hidden[:, :T]
+
+    def _capture(self, backbone: Any, embeds: Tensor, size: tuple[int, int], filled: Segments) -> _Graph | None:
+        """The graph for a batch like one that was tried; None where none was, or it cannot be made."""
+        tried = self._tried.get(size, [])
+        found = next((entry for entry in tried if filled.prepare(entry[0])), None)
+        if found is None:
+            return None
+        kept = found[1]
+        if _left(embeds.device) < ROOM * kept:
+            self._failed = f"{ROOM:g} times the {kept / 2**30:.1f} GiB of a batch have to be free, and are not"
+            return None
+        self._take_back()
+        if self._pool is None:
+            self._pool = _new_pool()
+        try:
+            graph = _Graph(backbone, embeds, size[0], filled, self._pool)
+        except RuntimeError as error:  # also torch.OutOfMemoryError, and what CUDA refuses in a capture
+            self._failed = f"capturing failed: {str(error).strip().splitlines()[0]}"
+            self.clear()
+            return None
+        tried.remove(found)
+        self._graphs.setdefault(size, []).append(graph)
+        if self.captured > KEPT:
+            self._graphs.popitem(last=False)
+        return graph
+
+    def _say(self, reason: str) -> None:
+        if reason != self._said:
+            logger.info("CUDA graphs: not used (%s)", reason)
+            self._said = reason
+
+    def lend(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """To parameters without a gradient; to those with one it is added."""
+        late = [(parameter.grad, gradient) for parameter, gradient in gradients if parameter.grad is not None]
+        for parameter, gradient in gradients:
+            if parameter.grad is None:
+                parameter.grad = gradient
+                self._lent.append((parameter, gradient))
+        if late:
+            torch._foreach_add_([grad for grad, _ in late], [gradient for _, gradient in late])
+
+    def _take_back(self) -> None:
+        """Copy what is still lent: the memory is about to be written to."""
+        for parameter, gradient in self._lent:
+            if parameter.grad is gradient:
+                parameter.grad = gradient.clone()
+        self._lent.clear()
+
+
+def unfit(backbone: Any, embeds: Tensor) -> str | None:
+    """Why the layers cannot be graphs; None if they can. Asked at every call, so it is quick."""
+    if not _on_gpu(embeds):
+        return "no NVIDIA GPU"
+    if not backbone.graphable:
+        return f"{type(backbone).__name__} runs kernels of others, which are chosen while they run"
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return "several processes exchange gradients during the backward pass"
+    if any(layer.gradient_checkpointing for layer in backbone.layers):
+        return "gradient_checkpointing: true calls layers from the backward pass; selective is its own"
+    trained = False
+    for module in _modules(backbone):
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        if hooks or module._backward_pre_hooks or "_hf_hook" in vars(module):
+            return "a hook of a module would not be called"
+        for p in module._parameters.values():
+            if p is not None and p.requires_grad:
+                trained = True
+                if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                    return "a hook of a parameter would not be called"
+    return None if trained else "no layer has anything to train"
+
+
+def _signature(backbone: Any, embeds: Tensor) -> object:
+    """What a graph was captured with, and cannot notice a change of: weights' addresses, types, what is trained."""
+    kind = embeds.device.type
+    weights = tuple(
+        (
+            module.training,
+            *((p.data_ptr(), p.dtype, p.requires_grad) for p in module._parameters.values() if p is not None),
+        )
+        for module in _modules(backbone)
+    )
+    how = tuple((layer.selective_recomputation, layer.mixer.backend) for layer in backbone.layers)
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return weights, how, autocast, embeds.dtype, embeds.requires_grad, embeds.shape[-1], embeds.device
+
+
+def _modules(backbone: Any) -> Iterator[nn.Module]:
+    """All that is in a graph; `nn.Module.modules` takes a millisecond for it."""
+    found: list[Any] = [backbone.norm_f, backbone.layers]
+    while found:
+        module = found.pop()
+        yield module
+        found.extend(module._modules.values())
+
+
+def _named(backbone: Any) -> dict[str, nn.Parameter]:
+    return {
+        f"{part}.{name}": parameter
+        for part in ("layers", "norm_f")
+        for name, parameter in getattr(backbone, part).named_parameters()
+    }
+
+
+def filled_size(segments: Segments) -> tuple[int, int]:
+    """(tokens, segments) that a batch of these is filled up to.
+
+    Rows of one length that fill them keep their number: such rows have kernels of their own.
+
+    Example:
+        >>> filled_size(Segments.from_lengths([30000, 1200, 9]))
+        (31232, 4)
+    """
+    tokens, count = max(1, segments.num_tokens), segments.num_segments
+    step = max(SMALLEST_STEP, (1 << (tokens - 1).bit_length()) // 2 // STEPS)
+    full = -(-tokens // step) * step
+    lengths = segments.lengths
+    if full == tokens and bool((lengths == lengths[0]).all()):
+        return full, count
+    return full, 1 << (count + (full > tokens) - 1).bit_length()
+
+
+class _Layers(nn.Module):
+    """What a graph captures, as a module whose parameters can be put in the place of others."""
+
+    def __init__(self, backbone: Any):
+        super().__init__()
+        self.layers, self.norm_f = backbone.layers, backbone.norm_f
+        self._run = backbone.run_layers
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        hidden: Tensor = self._run(x, segments)[0]
+        return hidden
+
+
+class _Graph:
+    """Two graphs, the buffers they read and write, and the segments whose tables they read."""
+
+    def __init__(self, backbone: Any, embeds: Tensor, tokens: int, segments: Segments, pool: Any):
+        self.segments = segments
+        kind = embeds.device.type
+        x = embeds.new_zeros(1, tokens, embeds.shape[-1]).requires_grad_(embeds.requires_grad)
+        named = {name: p for name, p in _named(backbone).items() if p.requires_grad}
+        # In their place leaves of our own: autograd ties a leaf to the stream on which it was first used.
+        leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
+        layers = _Layers(backbone)
+        # A weight's cast is part of the graph: one that autocast keeps would be that of an earlier step.
+        autocast = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        )
+
+        outputs: list[Tensor] = []
+
+        def forward() -> list[Tensor]:
+            with autocast:
+                outputs[:] = [functional_call(layers, leaves, (x, segments))]
+            return [outputs[0].detach()]
+
+        (self._hidden,), self._forward = _captured(forward, pool)
+        self._d_hidden = torch.zeros_like(self._hidden)
+        inputs = [*leaves.values()] + ([x] if x.requires_grad else [])
+
+        def backward() -> list[Tensor]:
+            gradients = torch.autograd.grad(outputs.pop(), inputs, self._d_hidden, allow_unused=True)
+            return [_like(gradient, leaf) for gradient, leaf in zip(gradients, inputs, strict=True)]
+
+        gradients, self._backward = _captured(backward, pool)
+        self._x = x.detach()
+        self._d_x = gradients.pop() if x.requires_grad else None
+        parameters = zip(named.values(), gradients, strict=True)
+        self._gradients = [(parameter, _lent(gradient, self._backward)) for parameter, gradient in parameters]
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        _fill(self._x, embeds)
+        self._forward.replay()
+        return self._hidden[:, : embeds.shape[1]].clone()
+
+    def backward(self, d_hidden: Tensor) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
+        _fill(self._d_hidden, d_hidden)
+        self._backward.replay()
+        return None if self._d_x is None else self._d_x[:, : d_hidden.shape[1]], self._gradients
+
+
+def _fill(buffer: Tensor, values: Tensor) -> None:
+    buffer[:, : values.shape[1]].copy_(values)
+    buffer[:, values.shape[1] :].zero_()
+
+
+def _like(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+    """As autograd leaves it in `.grad`: in the leaf's layout; zeros where the leaf has no part in the output."""
+    if gradient is None:
+        return torch.zeros_like(leaf)
+    return gradient if gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
+
+
+class _Turn:
+    """One forward pass of a graph and the backward pass that goes with it."""
+
+    def __init__(self, owner: GraphedLayers, graph: _Graph, tokens: int):
+        self.owner, self.graph, self.tokens, self.done = owner, graph, tokens, False
+
+    def backward(self, d_hidden: Tensor) -> Tensor | None:
+        if self.done:
+            raise RuntimeError(
+                "the layers ran as a CUDA graph, whose backward pass can run once; for another one (retain_graph), "
+                "model.set_cuda_graphs(False)"
+            )
+        self.done = True
+        d_x, gradients = self.graph.backward(d_hidden)
+        self.owner.lend(gradients)
+        return d_x
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embeds: Tensor, anchor: Tensor, turn: _Turn) -> Tensor:
+        ctx.turn = turn
+        return turn.graph.forward(embeds)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.turn.backward(d_hidden), None, None
+
+
+# ------------------------------------------------------------------------------------------------ what is CUDA's part
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
+
+
+def _new_pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device)
+
+
+def _left(device: torch.device) -> float:
+    """Bytes that torch may still give out, those included that it has and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _captured(run: Callable[[], list[Tensor]], pool: Any) -> tuple[list[Tensor], Any]:
+    """(what `run` returns, the graph of it). Other threads may go on: they pin memory for the next batch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        outputs = run()
+    return outputs, graph
+
+
+ARRAY_TYPES = {4: "<f4", 2: "<i2"}  # of CUDA's array interface, by bytes; it knows no bf16, but two bytes are two bytes
+
+
+class _Lent:
+    """Memory of a graph's, which lives as long as the graph does, by CUDA's array interface (version 3)."""
+
+    def __init__(self, tensor: Tensor, graph: Any):
+        self._graph = graph
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": ARRAY_TYPES[tensor.itemsize],
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _lent(tensor: Tensor, graph: Any) -> Tensor:
+    """`tensor` without a claim to its memory, which the next graph to be captured may use, too: all share one pool."""
+    if tensor.numel() == 0 or not tensor.is_contiguous() or tensor.itemsize not in ARRAY_TYPES:
+        return tensor
+    return torch.as_tensor(_Lent(tensor, graph), device=tensor.device).view(tensor.dtype)
