@@ -9,13 +9,13 @@ A graph repeats the same kernels on the same addresses. Three things change betw
     segments    All that kernels know of them lies in tables on the device, made for each batch by the ops' plans.
                 Tables of `fixed` segments have shapes that depend on numbers alone, so those of a new batch are written
                 over those that the graph was captured with (`Segments.become`).
-    tokens      Batches are filled with a sequence of zeros, to the next of 32 steps between powers of two, and with
+    tokens      Batches are filled with a sequence of zeros, to the next of 16 steps between powers of two, and with
                 empty segments to a power of two. No other sequence sees them, and to gradients they add zeros.
     gradients   A graph leaves those of weights in memory of its own, and lends it to `parameter.grad`. Before it runs
                 again, what is still lent is copied.
 
 The first batch of a size runs without a graph, filled all the same, so all batches have the bits of a graph's kernels;
-the second is captured. Whatever a graph cannot do (`unfit`) is done without.
+the second is captured. Whatever a graph cannot do (`survey`) is done without.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from mambalign.ops import Segments
 
 logger = logging.getLogger("mambalign")
 
-KEPT = 64  # graphs, each of a few MB beside the memory that all of them share
-STEPS = 32  # sizes between powers of two: 1.5 % of a batch is filling, on average
+Key = tuple[int, int, tuple[Any, ...]]  # tokens, segments, and `_manner`
+
+KEPT = 128  # graphs, each of a few MB beside the memory that all of them share
+STEPS = 16  # sizes between powers of two: packed rows fill them, and of any other batch 2 % is filling on average
 SMALLEST_STEP = 64  # tokens
 PLANS = {"cuda scan", "cuda conv"}  # the ops whose tables a graph's layers may read, and nothing else of segments
 # Of the memory that a batch's layers keep for the backward pass, what has to be free: for the graphs, and for a batch
@@ -48,10 +50,11 @@ class GraphedLayers:
     """Graphs of one model's layers, by the size of the batch; they share their memory, since one runs at a time."""
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[tuple[Any, ...], list[_Graph]] = OrderedDict()
-        self._tried: dict[tuple[Any, ...], list[tuple[Segments, int]]] = {}
-        self._signature: object = None
+        self._graphs: OrderedDict[Key, list[_Graph]] = OrderedDict()
+        self._tried: dict[Key, list[tuple[Segments, int]]] = {}
+        self._weights: object = None
         self._pool: Any = None
+        self._buffers: dict[str, Tensor] = {}
         self._lent: list[tuple[nn.Parameter, Tensor]] = []
         self._turn: Callable[[], _Turn | None] = lambda: None
         self._said: str | None = None
@@ -71,54 +74,50 @@ class GraphedLayers:
 
     def __call__(self, backbone: Any, embeds: Tensor, segments: Segments) -> Tensor | None:
         """`[1, T, H]` -> the last norm's output `[1, T, H]`; None where the layers are to be called as they are."""
-        reason = unfit(backbone, embeds)
-        if reason is None:
-            self._compare(_signature(backbone, embeds))
-            reason = self._failed
+        found = survey(backbone, embeds)
+        if not isinstance(found, str) and found != self._weights:
+            self.clear()
+            self._weights, self._failed = found, None
+        reason = found if isinstance(found, str) else self._failed
         if reason is not None:
             self._say(reason)
             return None
         turn = self._turn()
         if turn is not None and not turn.done:  # its activations are still needed
             return None
-        size = filled_size(segments)
-        filled = segments.padded(*size)
-        graph = next((g for g in self._graphs.get(size, []) if g.segments.become(filled)), None)
+        key = (*filled_size(segments), _manner(backbone, embeds))
+        filled = segments.padded(*key[:2])
+        graph = next((g for g in self._graphs.get(key, []) if g.segments.become(filled)), None)
         if graph is not None:
-            self._graphs.move_to_end(size)
+            self._graphs.move_to_end(key)
         else:
-            graph = self._capture(backbone, embeds, size, filled)
+            graph = self._capture(backbone, embeds, key, filled)
         if graph is None:
-            return None if self._failed else self._try(backbone, embeds, size, filled)
+            return None if self._failed else self._try(backbone, embeds, key, filled)
         self._take_back()
         turn = _Turn(self, graph, embeds.shape[1])
         self._turn = weakref.ref(turn)
         hidden: Tensor = _Replayed.apply(embeds, self._anchor, turn)
         return hidden
 
-    def _compare(self, signature: object) -> None:
-        """Begin anew where it is not what the graphs were captured with."""
-        if signature != self._signature:
-            self.clear()
-            self._signature, self._failed = signature, None
-
     def clear(self) -> None:
         """Let go of all graphs and of their memory; gradients stay."""
         self._take_back()
         self._graphs.clear()
         self._tried.clear()
+        self._buffers.clear()
         self._pool = None
 
-    def _try(self, backbone: Any, embeds: Tensor, size: tuple[int, int], filled: Segments) -> Tensor:
+    def _try(self, backbone: Any, embeds: Tensor, key: Key, filled: Segments) -> Tensor:
         """Without a graph, on the batch that one would have: what is loaded at first use is, before one is captured."""
         T = embeds.shape[1]
         before = _allocated(embeds.device)
-        x = nn.functional.pad(embeds, (0, 0, 0, size[0] - T))
+        x = nn.functional.pad(embeds, (0, 0, 0, key[0] - T))
         hidden: Tensor = backbone.run_layers(x, filled)[0]
 
         def tried(_: Tensor) -> None:
             if filled.planned == PLANS:
-                self._tried.setdefault(size, []).append((filled, kept))
+                self._tried.setdefault(key, []).append((filled, kept))
             elif not self._failed:
                 self._failed = f"its layers run other kernels than mambalign's: {', '.join(filled.planned) or 'none'}"
 
@@ -126,9 +125,9 @@ class GraphedLayers:
         hidden.register_hook(tried)
         return hidden[:, :T]
 
-    def _capture(self, backbone: Any, embeds: Tensor, size: tuple[int, int], filled: Segments) -> _Graph | None:
+    def _capture(self, backbone: Any, embeds: Tensor, key: Key, filled: Segments) -> _Graph | None:
         """The graph for a batch like one that was tried; None where none was, or it cannot be made."""
-        tried = self._tried.get(size, [])
+        tried = self._tried.get(key, [])
         found = next((entry for entry in tried if filled.prepare(entry[0])), None)
         if found is None:
             return None
@@ -140,16 +139,24 @@ class GraphedLayers:
         if self._pool is None:
             self._pool = _new_pool()
         try:
-            graph = _Graph(backbone, embeds, size[0], filled, self._pool)
+            x, d_hidden = (self._buffer(name, embeds, key[0]) for name in ("x", "d_hidden"))
+            graph = _Graph(backbone, x.requires_grad_(embeds.requires_grad), d_hidden, filled, self._pool)
         except RuntimeError as error:  # also torch.OutOfMemoryError, and what CUDA refuses in a capture
             self._failed = f"capturing failed: {str(error).strip().splitlines()[0]}"
             self.clear()
             return None
         tried.remove(found)
-        self._graphs.setdefault(size, []).append(graph)
+        self._graphs.setdefault(key, []).append(graph)
         if self.captured > KEPT:
             self._graphs.popitem(last=False)
         return graph
+
+    def _buffer(self, name: str, like: Tensor, tokens: int) -> Tensor:
+        """`[1, tokens, H]` of what all graphs share: one runs at a time. Zeros in the dtype of `like` at first."""
+        key = f"{name} {like.dtype}"
+        if key not in self._buffers or self._buffers[key].shape[1] < tokens:
+            self._buffers[key] = like.new_zeros(1, 1 << (tokens - 1).bit_length(), like.shape[-1])
+        return self._buffers[key].detach()[:, :tokens]
 
     def _say(self, reason: str) -> None:
         if reason != self._said:
@@ -174,8 +181,11 @@ class GraphedLayers:
         self._lent.clear()
 
 
-def unfit(backbone: Any, embeds: Tensor) -> str | None:
-    """Why the layers cannot be graphs; None if they can. Asked at every call, so it is quick."""
+def survey(backbone: Any, embeds: Tensor) -> str | list[Any]:
+    """Why the layers cannot be graphs; if they can, what of the weights a graph relies on and cannot see changing.
+
+    Asked at every call, while the device waits: hence one round.
+    """
     if not _on_gpu(embeds):
         return "no NVIDIA GPU"
     if not backbone.graphable:
@@ -185,32 +195,31 @@ def unfit(backbone: Any, embeds: Tensor) -> str | None:
         return "several processes exchange gradients during the backward pass"
     if any(layer.gradient_checkpointing for layer in backbone.layers):
         return "gradient_checkpointing: true calls layers from the backward pass; selective is its own"
+    weights: list[Any] = []
     trained = False
     for module in _modules(backbone):
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if hooks or module._backward_pre_hooks or "_hf_hook" in vars(module):
+        weights.append(module.training)
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return "a hook of a module would not be called"
+        if hasattr(module, "_hf_hook"):
+            return "accelerate moves weights while they run"
         for p in module._parameters.values():
-            if p is not None and p.requires_grad:
+            if p is None:
+                continue
+            weights.append((p.data_ptr(), p.dtype, p.requires_grad))
+            if p.requires_grad:
                 trained = True
                 if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                     return "a hook of a parameter would not be called"
-    return None if trained else "no layer has anything to train"
+    return weights if trained else "no layer has anything to train"
 
 
-def _signature(backbone: Any, embeds: Tensor) -> object:
-    """What a graph was captured with, and cannot notice a change of: weights' addresses, types, what is trained."""
+def _manner(backbone: Any, embeds: Tensor) -> tuple[Any, ...]:
+    """In what types and how the layers run, which may be another way at the next call."""
     kind = embeds.device.type
-    weights = tuple(
-        (
-            module.training,
-            *((p.data_ptr(), p.dtype, p.requires_grad) for p in module._parameters.values() if p is not None),
-        )
-        for module in _modules(backbone)
-    )
     how = tuple((layer.selective_recomputation, layer.mixer.backend) for layer in backbone.layers)
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return weights, how, autocast, embeds.dtype, embeds.requires_grad, embeds.shape[-1], embeds.device
+    return how, autocast, embeds.dtype, embeds.requires_grad, embeds.shape[-1], embeds.device
 
 
 def _modules(backbone: Any) -> Iterator[nn.Module]:
@@ -237,7 +246,7 @@ def filled_size(segments: Segments) -> tuple[int, int]:
 
     Example:
         >>> filled_size(Segments.from_lengths([30000, 1200, 9]))
-        (31232, 4)
+        (31744, 4)
     """
     tokens, count = max(1, segments.num_tokens), segments.num_segments
     step = max(SMALLEST_STEP, (1 << (tokens - 1).bit_length()) // 2 // STEPS)
@@ -264,10 +273,9 @@ class _Layers(nn.Module):
 class _Graph:
     """Two graphs, the buffers they read and write, and the segments whose tables they read."""
 
-    def __init__(self, backbone: Any, embeds: Tensor, tokens: int, segments: Segments, pool: Any):
+    def __init__(self, backbone: Any, x: Tensor, d_hidden: Tensor, segments: Segments, pool: Any):
         self.segments = segments
-        kind = embeds.device.type
-        x = embeds.new_zeros(1, tokens, embeds.shape[-1]).requires_grad_(embeds.requires_grad)
+        kind = x.device.type
         named = {name: p for name, p in _named(backbone).items() if p.requires_grad}
         # In their place leaves of our own: autograd ties a leaf to the stream on which it was first used.
         leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
@@ -284,17 +292,18 @@ class _Graph:
                 outputs[:] = [functional_call(layers, leaves, (x, segments))]
             return [outputs[0].detach()]
 
-        (self._hidden,), self._forward = _captured(forward, pool)
-        self._d_hidden = torch.zeros_like(self._hidden)
+        (hidden,), self._forward = _captured(forward, pool)
+        if d_hidden.dtype != hidden.dtype:
+            d_hidden = torch.zeros_like(hidden)
         inputs = [*leaves.values()] + ([x] if x.requires_grad else [])
 
         def backward() -> list[Tensor]:
-            gradients = torch.autograd.grad(outputs.pop(), inputs, self._d_hidden, allow_unused=True)
+            gradients = torch.autograd.grad(outputs.pop(), inputs, d_hidden, allow_unused=True)
             return [_like(gradient, leaf) for gradient, leaf in zip(gradients, inputs, strict=True)]
 
         gradients, self._backward = _captured(backward, pool)
-        self._x = x.detach()
-        self._d_x = gradients.pop() if x.requires_grad else None
+        self._x, self._d_hidden, self._hidden = x.detach(), d_hidden, _lent(hidden, self._forward)
+        self._d_x = _lent(gradients.pop(), self._backward) if x.requires_grad else None
         parameters = zip(named.values(), gradients, strict=True)
         self._gradients = [(parameter, _lent(gradient, self._backward)) for parameter, gradient in parameters]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambalign.ops import nvrtc
+from mambalign.ops import nvrtc, torch_logps
 
 SOURCE = Path(__file__).with_name("token_logps.cu")
 LANES, BLOCK = 32, 512
@@ -33,6 +33,16 @@ def backward_(logits: Tensor, labels: Tensor, log_z: Tensor, d_logps: Tensor) ->
     given = {"log_z": log_z.contiguous(), "d_logps": d_logps.float().contiguous()}
     _launch("logps_backward", LANES, logits, labels, given)
     return logits
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 `gradient * factor` in `dtype`; PyTorch takes twice as long where types differ."""
+    if gradient.dtype != torch.float32 or dtype == torch.float32 or not gradient.is_contiguous():
+        return torch_logps.scaled(gradient, factor, dtype)
+    result = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    values = {"wide": gradient, "factor": factor.float(), "scaled": result, "count": gradient.numel()}
+    module(dtype, gradient.device).launch("scale", (-(-gradient.numel() // (4 * BLOCK)), 1), BLOCK, values)
+    return result
 
 
 def _launch_forward(kernel: str, threads: int, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -208,9 +208,10 @@ def _walk(
     room: units that the tables are to have room for, and items with them; 0 for no more than there are.
     """
     count = most = max(1, -(-4 * held // blocks))
-    # Where all blocks run at a time the device spreads them evenly, and must not count any that have nothing to do.
+    # Where all blocks run at a time the device spreads them evenly, and must count few that have nothing to do.
     if not room or len(units) * blocks < held:
-        count = min(most, len(units))
+        few = len(units) <= 8 or not room
+        count = min(most, len(units) if few else _up(len(units), 4))
     items: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, item) for item in range(count)]
     for unit in sorted(units, key=lambda u: -lengths[u]):

@@ -16,6 +16,9 @@ struct Params {
   float *logps, *log_z;
   const float* d_logps;
   i64 vocabulary;
+  const float *wide, *factor;  // `count` numbers, and what they are multiplied by
+  io* scaled;
+  i64 count;
 };
 
 struct alignas(sizeof(io) * VEC < 16 ? sizeof(io) * VEC : 16) Pack {
@@ -115,4 +118,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) logps_both(const Params p
   const float log_z = all.most + logf(all.sum);
   if (threadIdx.x == 0) write(p, r, label, logit, log_z);
   differentiate<BLOCK>(row, p.vocabulary, label, log_z, label == IGNORE ? 0.f : 1.f);
+}
+
+// Four a thread.
+extern "C" __global__ void __launch_bounds__(BLOCK) scale(const Params p) {
+  const i64 first = (blockIdx.x * (i64)BLOCK + threadIdx.x) * 4, left = p.count - first;
+  const float factor = *p.factor;
+  if (left >= 4) {
+    Quad four = quad(p.wide + first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.v[i] *= factor;
+    *(Four*)(p.scaled + first) = narrow(four);
+  } else {
+    for (int i = 0; i < left; ++i) p.scaled[first + i] = narrow(p.wide[first + i] * factor);
+  }
 }

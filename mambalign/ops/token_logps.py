@@ -24,7 +24,7 @@ class TokenLogps(torch.autograd.Function):
     less. That is all a backward pass needs whose gradients are one number for all rows, which autograd hands on as a
     tensor of stride 0; for any other it starts anew.
 
-    `rows`: the module with the row-wise functions, `forward`, `backward_` and `both_`.
+    `rows`: the module with the row-wise functions, `forward`, `backward_` and `both_`, and `scaled`.
     """
 
     @staticmethod
@@ -56,7 +56,8 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels, log_z, d_hidden, d_weight = ctx.saved_tensors
         if ctx.summed and d_logps.stride() == (0,):
-            d_hidden, d_weight = _scaled(d_hidden, d_logps[:1], hidden), _scaled(d_weight, d_logps[:1], weight)
+            ready = ((d_hidden, hidden.dtype), (d_weight, weight.dtype))
+            d_hidden, d_weight = (None if d is None else ctx.rows.scaled(d, d_logps[:1], dtype) for d, dtype in ready)
             return d_hidden, d_weight, None, None, None, None
         gradients = _Gradients(ctx, hidden, weight)
         for start in range(0, labels.shape[0], ctx.chunk_size):
@@ -87,11 +88,6 @@ class _Gradients:
             torch.addmm(self.weight, d_logits.T, hidden, out_dtype=self.weight.dtype, out=self.weight)
         else:
             self.weight += d_logits.T @ hidden
-
-
-def _scaled(gradient: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
-    """`gradient * scale` in the dtype of `like`, in one pass."""
-    return None if gradient is None else torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=like.dtype))
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -29,3 +29,8 @@ def backward_(logits: Tensor, labels: Tensor, log_z: Tensor, d_logps: Tensor) ->
     target = labels.clamp(min=0)[:, None]
     d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=d_logits.dtype))
     return d_logits.mul_(d_logps.masked_fill(labels < 0, 0.0)[:, None]).to(logits.dtype)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * factor` in `dtype`, in one pass."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

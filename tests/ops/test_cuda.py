@@ -330,6 +330,13 @@ def test_log_probs_and_the_gradient_of_their_sum_at_once(vocabulary: int, dtype:
     assert relative_error(ours[2], d_logits) < {torch.float32: 1e-5}.get(dtype, 1e-3) and not ours[2][2].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 3, 4, 2049])
+def test_a_gradient_times_a_factor(count: int, dtype: torch.dtype) -> None:
+    gradient, factor = torch.randn(count, 1), torch.tensor([0.3])
+    assert torch.equal(cuda_logps.scaled(gradient, factor, dtype), (gradient * factor).to(dtype))
+
+
 def test_logits_of_any_size_and_unknown_labels() -> None:
     logits = torch.tensor([[-1e4, 0.0, 1e4], [-3e4, -3e4, -3e4], [0.0, 0.0, 0.0]])
     logps, log_z = cuda_logps.forward(logits, torch.tensor([1, 2, 5]))
