@@ -108,7 +108,7 @@ def measure(size: str, length: int, chunk: int, options: Any) -> list[dict[str, 
         recomputed = models.ours(size, "fp32 + autocast", recompute=True)
         steps["whole, recomputed"] = cleared(recomputed, at_once(recomputed, batch))
         weights["whole, recomputed"] = models.gib(recomputed)
-    results = compete(steps, options.repeats, warmup=1, seconds=options.seconds)
+    results = compete(steps, options.repeats, warmup=2, seconds=options.seconds)
     rows = []
     for who in steps:
         if who not in results:

@@ -153,7 +153,7 @@ def measure(case: Case, data: list[Example], repeats: int) -> list[dict[str, Any
         f"{len(ours)} batches of at most {case.packed_rows} x {MAX_LENGTH:,}",
         flush=True,
     )
-    results = compete(passes, repeats, warmup=0)
+    results = compete(passes, repeats, warmup=2)
     rows = []
     for who, result in results.items():
         row = {"size": case.size, "weights": case.weights, "who": who, "seconds": result["ms"] / 1e3}

@@ -237,7 +237,8 @@ def measure(made: Sequence[Contestant], length: int, rows: int, words: int, repe
     seconds = max(0.0, min(20.0, deadline - time.monotonic()))
     long = sum(one.expected_ms(length, ids.numel()) for one in made if one.name in steps) > 1500
     burst = 1 if long or DEVICE.type == "cpu" else BURST  # of long steps what the host does is nothing
-    measured = compete(steps, repeats, warmup=0, burst=burst, seconds=seconds)
+    warmup = int(DEVICE.type == "cuda")  # what a CUDA graph is captured in
+    measured = compete(steps, repeats, warmup=warmup, burst=burst, seconds=seconds)
     found = []
     for one in made:
         row: Row = {

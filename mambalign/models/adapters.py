@@ -39,7 +39,7 @@ from mambalign.models.lora import (
     plain,
     save_tensors,
 )
-from mambalign.models.mamba import StepSizeProjection
+from mambalign.models.modules import StepSizeProjection
 from mambalign.models.original import is_tied
 from mambalign.recipe import Recipe, UserError, nearest
 

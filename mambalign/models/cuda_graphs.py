@@ -50,6 +50,7 @@ class GraphedLayers:
     """Graphs of one model's layers, by the size of the batch; they share their memory, since one runs at a time."""
 
     def __init__(self) -> None:
+        self.trying = False  # nothing is captured or replayed: every batch runs as the first of its size does
         self._graphs: OrderedDict[Key, list[_Graph]] = OrderedDict()
         self._tried: dict[Key, list[tuple[Segments, int]]] = {}
         self._weights: object = None
@@ -87,6 +88,8 @@ class GraphedLayers:
             return None
         key = (*filled_size(segments), _manner(backbone, embeds))
         filled = segments.padded(*key[:2])
+        if self.trying:
+            return self._try(backbone, embeds, key, filled)
         graph = next((g for g in self._graphs.get(key, []) if g.segments.become(filled)), None)
         if graph is not None:
             self._graphs.move_to_end(key)

@@ -581,9 +581,8 @@ def _reference(
 
 def _say_plan(trainer: PackedTrainer, rows: dict[str, PackedRows], recipe: Recipe, stage: str) -> None:
     """One line a person can check against the paper they follow."""
-    args = trainer.args
+    args, train = trainer.args, rows["train"]
     count = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    train = rows["train"]
     what = "pairs" if stage in PAIR_STAGES else f"rows of {recipe.max_length} tokens, {train.fill:.1%} filled"
     logger.info(
         "%s: %d %s; %d a step (%d x %d accumulated x %d processes); %s tokens an epoch",

@@ -15,7 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mambalign.models.mamba import MambaMixer, RMSNorm
+from mambalign.models.mamba import MambaMixer
+from mambalign.models.modules import RMSNorm
 from mambalign.ops import Segments, causal_conv1d, selective_scan
 
 
