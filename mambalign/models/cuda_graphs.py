@@ -24,12 +24,15 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
 
 from mambalign.ops import Segments
 
@@ -44,6 +47,8 @@ PLANS = {"cuda scan", "cuda conv"}  # the ops whose tables a graph's layers may 
 # Of the memory that a batch's layers keep for the backward pass, what has to be free: for the graphs, and for a batch
 # of a size without one, with what the backward pass makes on its way.
 ROOM = 2.5
+# How layers are computed again within a capture, where nobody may ask for the state of the random numbers.
+PLAINLY = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class GraphedLayers:
@@ -196,8 +201,9 @@ def survey(backbone: Any, embeds: Tensor) -> str | list[Any]:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes exchange gradients during the backward pass"
-    if any(layer.gradient_checkpointing for layer in backbone.layers):
-        return "gradient_checkpointing: true calls layers from the backward pass; selective is its own"
+    again = any(layer.gradient_checkpointing for layer in backbone.layers)
+    if again and not all(map(_recomputes_plainly, backbone.layers)):
+        return "gradient_checkpointing_kwargs ask for another way to compute layers again than use_reentrant: false"
     weights: list[Any] = []
     trained = False
     for module in _modules(backbone):
@@ -206,6 +212,8 @@ def survey(backbone: Any, embeds: Tensor) -> str | list[Any]:
             return "a hook of a module would not be called"
         if hasattr(module, "_hf_hook"):
             return "accelerate moves weights while they run"
+        if again and isinstance(module, _DropoutNd) and module.p and module.training:
+            return "what gradient_checkpointing computes again has dropout, which would have to drop the same"
         for p in module._parameters.values():
             if p is None:
                 continue
@@ -217,10 +225,17 @@ def survey(backbone: Any, embeds: Tensor) -> str | list[Any]:
     return weights if trained else "no layer has anything to train"
 
 
+def _recomputes_plainly(layer: Any) -> bool:
+    how = layer._gradient_checkpointing_func if layer.gradient_checkpointing else PLAINLY
+    return isinstance(how, partial) and how.func is checkpoint and how.keywords.get("use_reentrant") is False
+
+
 def _manner(backbone: Any, embeds: Tensor) -> tuple[Any, ...]:
     """In what types and how the layers run, which may be another way at the next call."""
     kind = embeds.device.type
-    how = tuple((layer.selective_recomputation, layer.mixer.backend) for layer in backbone.layers)
+    how = tuple(
+        (layer.gradient_checkpointing, layer.selective_recomputation, layer.mixer.backend) for layer in backbone.layers
+    )
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return how, autocast, embeds.dtype, embeds.requires_grad, embeds.shape[-1], embeds.device
 
@@ -269,7 +284,15 @@ class _Layers(nn.Module):
         self._run = backbone.run_layers
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        hidden: Tensor = self._run(x, segments)[0]
+        recomputed = [layer for layer in self.layers if layer.gradient_checkpointing]
+        usual = [layer._gradient_checkpointing_func for layer in recomputed]
+        for layer in recomputed:
+            layer._gradient_checkpointing_func = PLAINLY
+        try:
+            hidden: Tensor = self._run(x, segments)[0]
+        finally:
+            for layer, how in zip(recomputed, usual, strict=True):
+                layer._gradient_checkpointing_func = how
         return hidden
 
 

@@ -109,12 +109,14 @@ def test_graphs_change_no_bit_of_a_training(config: type, precision: str, monkey
     assert all(torch.equal(a, b) for a, b in zip(weights, exact, strict=True))
 
 
-@pytest.mark.parametrize("selective", [False, True])
-def test_graphs_and_filling_have_the_gradients_of_the_batch(selective: bool) -> None:
+@pytest.mark.parametrize("recompute", ["nothing", "selective", "blocks"])
+def test_graphs_and_filling_have_the_gradients_of_the_batch(recompute: str) -> None:
     torch.manual_seed(0)
     settings = transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=3, state_size=16)
     model = model_class(settings)(settings).to("cuda").train()
-    model.set_selective_recomputation(selective)
+    model.set_selective_recomputation(recompute == "selective")
+    if recompute == "blocks":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     for tree in TREES:
         segments = Segments.from_lengths(*tree)
         ids = torch.randint(96, (1, segments.num_tokens), device="cuda")

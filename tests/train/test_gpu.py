@@ -37,6 +37,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ("sft", dict(dtype="float32", bf16=True)),
         ("sft", dict(dtype="bfloat16", gradient_checkpointing="selective")),
+        ("sft", dict(dtype="bfloat16", gradient_checkpointing=True)),
         ("sft", dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)),
         ("dpo", dict(dtype="float32", bf16=True)),
         ("sft", dict(use_peft=True, lora_r=4, lora_dropout=0.1, bf16=True)),
