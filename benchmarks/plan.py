@@ -487,6 +487,7 @@ ALONE = Rates(
     host_step=1e-3,
     host_token=0.5e-6,
     host_wrapped=0.2e-3,
+    host_graph=0.05e-3,
 )
 
 

@@ -258,7 +258,7 @@ def test_numbers_of_other_pages_are_those_of_the_performance_page() -> None:
     measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     for page, numbers in {
         "preferences": ("4.8", "59.4"),
-        "choosing": ("1.19", "2.9"),
+        "choosing": ("1.04", "0.93", "2.9"),
     }.items():
         text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
         for number in numbers:
@@ -332,7 +332,25 @@ def test_performance_shows_the_steps_and_scans_that_were_measured() -> None:
             speeds
         )
     sft = {row["who"]: row["tokens_per_second"] for row in results("sft_real_2.8b")}
-    assert f"**{sft['ours, packed'] / sft['mamba-ssm, padded']:.1f}x** (2.8b)" in page
+    assert f"**{sft['ours, packed'] / sft['mamba-ssm, padded']:.1f}x** (2.8b" in page
+    small = [row for row in results("sft_real_130m") if row["weights"] == "bf16"]
+    sft = {row["who"]: row["tokens_per_second"] for row in small}
+    assert f"**{sft['ours, packed'] / sft['mamba-ssm, padded']:.1f}x** (130m)" in page
+    for row in results("dpo_real_130m"):
+        if row["data"] == "pairs" and not row["who"].startswith("reference"):
+            assert f"| {row['pairs_per_second']:.1f} | {row['peak_gib']:.1f} " in page, row["who"]
+    speeds = {row["who"]: row["pairs_per_second"] for row in results("dpo_real_130m") if row["data"] != "pairs"}
+    assert f"**{speeds['e: + prefix sharing'] / speeds['d: + packing']:.2f}x** at 130m" in page
+
+
+def test_performance_shows_the_whole_steps_that_were_measured() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    shown = [line.split(" | ") for line in page.splitlines() if re.match(r"\| (SFT|DPO) (full|LoRA|QLoRA), ", line)]
+    measured = {
+        (f"{1e3 * row['seconds']:.1f}", f"{row['tokens'] / row['seconds']:,.0f}", f"{row['peak_allocated'] / 1e9:.1f}")
+        for row in results("plan")
+    }
+    assert len(shown) >= 10 and {tuple(cell.strip(" |") for cell in line[2:]) for line in shown} <= measured
 
 
 def test_the_page_on_long_documents_shows_what_was_measured() -> None:

@@ -96,32 +96,30 @@ class Rates:
     some of each other's errors, so none is to be read alone. Those of Python have nothing but the steps to go by.
     """
 
-    matrix: float = 0.845  # of 16-bit products, where the model is wide
+    matrix: float = 0.887  # of 16-bit products, where the model is wide
     narrow: float = 133.0  # hidden size at which half of it is reached
-    head: float = 0.555  # of the head's products, softmax included
-    scan_forward: float = 8.28e-12  # seconds a token and channel
-    scan_backward: float = 23.0e-12
-    convolution_forward: float = 8.04  # bytes a token and channel at full bandwidth
-    convolution_backward: float = 24.5
-    norm_forward: float = 29.9  # bytes a token and number of the hidden state
-    norm_backward: float = 105.0
-    memory: float = 0.815  # of the bandwidth, in passes over memory
+    head: float = 0.569  # of the head's products, softmax included
+    scan_forward: float = 8.96e-12  # seconds a token and channel
+    scan_backward: float = 20.7e-12
+    convolution_forward: float = 8.12  # bytes a token and channel at full bandwidth
+    convolution_backward: float = 23.8
+    norm_forward: float = 30.1  # bytes a token and number of the hidden state
+    norm_backward: float = 99.6
+    memory: float = 0.8  # of the bandwidth, in passes over memory
     unpack: float = 0.408  # of the bandwidth, while 4-bit weights are unpacked
-    optimizer: float = 92.4  # bytes a trained fp32 parameter that AdamW reads and writes
-    host_forward: float = 0.935e-3  # seconds of Python a layer
-    host_backward: float = 0.889e-3
-    host_adapter: float = 0.174e-3  # an adapted module, each way
-    host_packed: float = 0.164e-3  # a 4-bit module, each time it runs
-    host_again: float = 0.546e-3  # a layer that is computed again, each way, beside its second run
-    host_tensor: float = 28.7e-6  # a trained tensor, in the optimizer and while gradients are clipped
-    host_step: float = 0.9e-3  # callbacks
-    host_token: float = 0.55e-6  # rows become a batch
-    host_wrapped: float = 0.317e-3  # a layer with adapters, a step: modules that are walked through
+    optimizer: float = 85.4  # bytes a trained fp32 parameter that AdamW reads and writes
+    host_forward: float = 1.27e-3  # seconds of Python a layer
+    host_backward: float = 1.92e-3
+    host_adapter: float = 0.386e-3  # an adapted module, each way
+    host_packed: float = 0.0383e-3  # a 4-bit module, each time it runs
+    host_again: float = 0.37e-3  # a layer that is computed again, each way, beside its second run
+    host_tensor: float = 31.7e-6  # a trained tensor, in the optimizer and while gradients are clipped
+    host_step: float = 5.32e-3  # callbacks
+    host_token: float = 0.463e-6  # rows become a batch
+    host_wrapped: float = 0.15e-3  # a layer with adapters, a step: modules that are walked through
+    host_graph: float = 0.326e-3  # a layer in a CUDA graph, each way
 
 
-# The kernels and the host's path became faster later that day (forward and backward, bf16: 130m at 16 x 2,048 328,000
-# tokens a second, 2.8b at 4 x 2,048 24,300; `tests/check/test_plan.py` holds these too). Small batches, which wait for
-# Python, may now be faster than planned.
 RATES = Rates()
 OVERLAP = 4.0  # how sharply the longer of card and Python decides; 4 meets steps where both take about the same
 ERROR = 0.30  # what a prediction for the measured card may be off by; twice that on others
@@ -140,7 +138,7 @@ def times(
         raise UserError(f"the speed of {card.name} is not known; {', '.join(CARDS)} have one")
     if isinstance(shape, Mamba2Shape):
         raise UserError("unknown: steps of a Mamba-2 were not measured")
-    step = _Step(shape, recipe, stage, card, load, rates)
+    step = _Step(shape, recipe, stage, card, load, rates, graphed=devices == 1 and has_graphs(recipe))
     forward, backward = load.passes * step.forward(), load.passes * step.backward()
     optimizer = step.optimizer(devices if recipe.fsdp else 1)
     communication = _communication(shape, recipe, step, devices, forward, backward) if devices > 1 else 0.0
@@ -154,9 +152,18 @@ def times(
     }
 
 
+def has_graphs(recipe: Recipe) -> bool:
+    """Whether one process of this recipe runs a Mamba-1's layers as CUDA graphs (`models/cuda_graphs.py`)."""
+    drops_again = recipe.gradient_checkpointing is True and recipe.use_peft and bool(recipe.lora_dropout)
+    return recipe.cuda_graphs and not recipe.deepspeed and not drops_again and recipe.state_passing == "off"
+
+
 class _Step:
-    def __init__(self, shape: ModelShape, recipe: Recipe, stage: str, card: Card, load: Load, rates: Rates):
+    def __init__(
+        self, shape: ModelShape, recipe: Recipe, stage: str, card: Card, load: Load, rates: Rates, graphed: bool
+    ):
         self.shape, self.recipe, self.card, self.load, self.rates = shape, recipe, card, load, rates
+        self.graphed = graphed
         self.types, self.adapters = Types.of(recipe), adapters_of(recipe, on_gpu=True)
         self.summed = stage not in PAIR_STAGES
         self.scored = stage == "reward"
@@ -248,12 +255,14 @@ class _Step:
     # What is waited for: the card, or Python.
 
     def _host(self, layer: float) -> float:
+        if self.graphed:
+            return self.shape.layers * self.rates.host_graph
         modules = len(self._adapted_sizes()) * self.rates.host_adapter
         packed = 2 * self.rates.host_packed if self.recipe.load_in_4bit or self.recipe.load_in_8bit else 0.0
         return self.shape.layers * (layer + modules + packed)
 
     def _again(self) -> float:
-        return self.shape.layers * self.rates.host_again if self.whole else 0.0
+        return self.shape.layers * self.rates.host_again if self.whole and not self.graphed else 0.0
 
     def forward(self) -> float:
         frozen = int(self.recipe.use_peft)
@@ -270,7 +279,8 @@ class _Step:
         return _later(card, host)
 
     def reference(self) -> float:
-        return _later(self._layers_forward() + self._head(1), self._host(self.rates.host_forward) / 2)
+        host = self.shape.layers * self.rates.host_forward / 2  # no gradients, no graph
+        return _later(self._layers_forward() + self._head(1), host)
 
     def optimizer(self, shards: int) -> float:
         size = 4 if self.recipe.use_peft else self.types.stored

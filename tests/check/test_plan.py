@@ -25,16 +25,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # docs/performance.md, "Whole steps": tokens a second of forward and backward passes on an H200, every token a target.
 MEASURED = [
-    ("130m", 16 * 2048, {"dtype": "bfloat16"}, False, 290_600),
-    ("130m", 16 * 2048, {"bf16": True}, False, 273_300),
-    ("130m", 16 * 2048, {"bf16": True}, "selective", 285_500),
-    ("130m", 131072, {"dtype": "bfloat16"}, False, 287_500),
-    ("130m", 131072, {"dtype": "bfloat16"}, True, 230_100),
-    ("2.8b", 4 * 2048, {"dtype": "bfloat16"}, "selective", 22_700),
-    ("2.8b", 4 * 2048, {"bf16": True}, True, 17_900),
-    # The same after kernels and launches became faster, 2026-11-26.
-    ("130m", 16 * 2048, {"dtype": "bfloat16"}, False, 328_000),
-    ("2.8b", 4 * 2048, {"dtype": "bfloat16"}, "selective", 24_300),
+    ("130m", 16 * 2048, {"dtype": "bfloat16"}, False, 349_400),
+    ("130m", 16 * 2048, {"bf16": True}, False, 346_500),
+    ("130m", 16 * 2048, {"bf16": True}, "selective", 331_200),
+    ("130m", 131072, {"dtype": "bfloat16"}, False, 309_900),
+    ("2.8b", 4 * 2048, {"dtype": "bfloat16"}, "selective", 25_400),
+    ("2.8b", 4 * 2048, {"bf16": True}, True, 18_300),
+    # Before CUDA graphs.
+    ("130m", 16 * 2048, {"dtype": "bfloat16", "cuda_graphs": False}, False, 328_000),
 ]
 SHAPES = {"130m": (768, 24), "790m": (1536, 48), "2.8b": (2560, 64)}
 
@@ -145,23 +143,38 @@ def test_time_follows_the_recipe() -> None:
     assert seconds(passes=4)["optimizer"] == full["optimizer"]
     dpo = seconds(stage="dpo")
     assert dpo["forward"] < full["forward"] and dpo["backward"] > full["backward"], "its logits are made twice"
-    assert 0 < dpo["reference"] <= dpo["forward"]
+    assert 0 < dpo["reference"] <= 1.01 * dpo["forward"], "no graph, no gradients"
     assert seconds(bf16=False, dtype="float32")["step"] > 3 * full["step"], "without tensor cores"
 
 
 def test_a_small_step_waits_for_python() -> None:
-    recipe = Recipe(bf16=True)
+    recipe = Recipe(bf16=True, cuda_graphs=False)
     made = [times(shape_of("130m"), recipe, "sft", H200, Load(n, n)) for n in (64, 512, 32768)]
     passes = [seconds["forward"] + seconds["backward"] for seconds in made]
     assert passes[0] == pytest.approx(passes[1], rel=0.01)
     assert passes[0] == pytest.approx(24 * (RATES.host_forward + RATES.host_backward), rel=0.01)
-    assert passes[2] > 1.5 * passes[1]
+    assert passes[2] > 1.4 * passes[1]
     assert made[1]["step"] - passes[1] == pytest.approx(made[0]["step"] - passes[0] + 448 * RATES.host_token)
+
+
+def test_a_graph_does_not_wait_for_python() -> None:
+    def step(devices: int = 1, **keys: Any) -> float:
+        recipe = Recipe(bf16=True, **keys)
+        return times(shape_of("130m"), recipe, "sft", H200, Load(512, 512), devices=devices)["step"]
+
+    without = step(cuda_graphs=False)
+    assert step() < without / 2 and step(gradient_checkpointing=True) < without / 2
+    # Where there is none, Python is waited for as before.
+    assert step(deepspeed="ds.json") == without and step(devices=2) > 0.9 * without
+    dropout = dict(use_peft=True, gradient_checkpointing=True)
+    assert step(**dropout, lora_dropout=0.1) == step(**dropout, lora_dropout=0.1, cuda_graphs=False)
+    assert step(**dropout, lora_dropout=0.0) < step(**dropout, lora_dropout=0.0, cuda_graphs=False)
 
 
 def test_python_takes_longer_for_adapters_4_bits_and_layers_that_run_again() -> None:
     def step(**keys: Any) -> float:
-        return times(shape_of("2.8b"), Recipe(bf16=True, dtype="bfloat16", **keys), "sft", H200, Load(64, 64))["step"]
+        recipe = Recipe(bf16=True, dtype="bfloat16", cuda_graphs=False, **keys)
+        return times(shape_of("2.8b"), recipe, "sft", H200, Load(64, 64))["step"]
 
     full, lora, qlora = step(), step(use_peft=True), step(use_peft=True, load_in_4bit=True)
     assert full < lora < qlora < step(use_peft=True, load_in_4bit=True, gradient_checkpointing=True)
