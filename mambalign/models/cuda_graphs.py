@@ -1,8 +1,9 @@
 """The layers' forward and backward pass as two CUDA graphs: one call of the host's instead of thousands.
 
-Small models wait for the host: a step of 24 layers is a thousand kernels, and Python takes 50 ms and more to start them,
-half of what the device needs for 32,768 tokens. A graph starts all of them at once. What is in it are the layers and the last
-norm; the embedding, the head and the objective stay outside, so a graph knows nothing of targets and losses.
+Small models wait for the host: a step of 24 layers is a thousand kernels, and Python takes 50 ms and more to start
+them, half of what the device needs for 32,768 tokens. A graph starts all of them at once. What is in it are the layers
+and the last norm; the embedding, the head and the objective stay outside, so a graph knows nothing of targets and
+losses.
 
 A graph repeats the same kernels on the same addresses. Three things change between batches:
 
