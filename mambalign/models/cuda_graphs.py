@@ -42,12 +42,13 @@ logger = logging.getLogger("mambalign")
 Key = tuple[int, int, tuple[Any, ...]]  # tokens, segments, and `_manner`
 
 KEPT = 128  # graphs, each of a few MB beside the memory that all of them share
+TRIED = 8  # kinds of batches of a size that are remembered: forked or not, and by the items of the scan
 STEPS = 16  # sizes between powers of two: packed rows fill them, and of any other batch 2 % is filling on average
 SMALLEST_STEP = 64  # tokens
 PLANS = {"cuda scan", "cuda conv"}  # the ops whose tables a graph's layers may read, and nothing else of segments
-# Of the memory that a batch's layers keep for the backward pass, what has to be free: for the graphs, and for a batch
-# of a size without one, with what the backward pass makes on its way.
-ROOM = 2.5
+# Of the memory that a batch's layers keep for the backward pass, what a pass takes with all it makes on its way; and
+# what has to be free for a graph: for itself, and for a batch of a size that has none.
+TAKEN, ROOM = 1.25, 2.5
 # How layers are computed again within a capture, where nobody may ask for the state of the random numbers.
 PLAINLY = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -62,6 +63,7 @@ class GraphedLayers:
         self._weights: object = None
         self._pool: Any = None
         self._buffers: dict[str, Tensor] = {}
+        self._kept, self._per_token = 0.0, 0.0  # bytes: most that a graph's batch keeps; most a token
         self._lent: list[tuple[nn.Parameter, Tensor]] = []
         self._turn: Callable[[], _Turn | None] = lambda: None
         self._said: str | None = None
@@ -115,22 +117,25 @@ class GraphedLayers:
         self._graphs.clear()
         self._tried.clear()
         self._buffers.clear()
-        self._pool = None
+        self._pool, self._kept = None, 0.0
 
     def _try(self, backbone: Any, embeds: Tensor, key: Key, filled: Segments) -> Tensor:
         """Without a graph, on the batch that one would have: what is loaded at first use is, before one is captured."""
         T = embeds.shape[1]
+        if self._kept and TAKEN * (self._per_token * key[0] + self._kept) > _left(embeds.device):
+            self.clear()  # what graphs hold between steps is wanted
         before = _allocated(embeds.device)
         x = nn.functional.pad(embeds, (0, 0, 0, key[0] - T))
         hidden: Tensor = backbone.run_layers(x, filled)[0]
 
         def tried(_: Tensor) -> None:
             if filled.planned == PLANS:
-                self._tried.setdefault(key, []).append((filled, kept))
+                self._tried[key] = [*self._tried.get(key, [])[-TRIED:], (filled, kept)]
             elif not self._failed:
                 self._failed = f"its layers run other kernels than mambalign's: {', '.join(filled.planned) or 'none'}"
 
         kept = _allocated(embeds.device) - before
+        self._per_token = max(self._per_token, kept / key[0])
         hidden.register_hook(tried)
         return hidden[:, :T]
 
@@ -142,7 +147,7 @@ class GraphedLayers:
             return None
         kept = found[1]
         if _left(embeds.device) < ROOM * kept:
-            self._failed = f"{ROOM:g} times the {kept / 2**30:.1f} GiB of a batch have to be free, and are not"
+            self._say(f"for {key[0]:,} tokens {ROOM * kept / 2**30:.1f} GiB would have to be free")
             return None
         self._take_back()
         if self._pool is None:
@@ -155,7 +160,9 @@ class GraphedLayers:
             self.clear()
             return None
         tried.remove(found)
+        self._kept = max(self._kept, kept)
         self._graphs.setdefault(key, []).append(graph)
+        self._graphs.move_to_end(key)
         if self.captured > KEPT:
             self._graphs.popitem(last=False)
         return graph
@@ -199,9 +206,8 @@ def survey(backbone: Any, embeds: Tensor) -> str | list[Any]:
         return "no NVIDIA GPU"
     if not backbone.graphable:
         return f"{type(backbone).__name__} runs kernels of others, which are chosen while they run"
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return "several processes exchange gradients during the backward pass"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "processes exchange gradients during the backward pass"
     again = any(layer.gradient_checkpointing for layer in backbone.layers)
     if again and not all(map(_recomputes_plainly, backbone.layers)):
         return "gradient_checkpointing_kwargs ask for another way to compute layers again than use_reentrant: false"

@@ -434,7 +434,10 @@ class PackedCausalLM:
             layer.selective_recomputation = enabled
 
     def set_cuda_graphs(self: Any, enabled: bool = True) -> None:
-        """Run the layers as CUDA graphs in training, where they can be (see `mambalign.models.cuda_graphs`)."""
+        """Run the layers as CUDA graphs in training, where they can be (see `mambalign.models.cuda_graphs`).
+
+        `backward()` then leaves the gradients of their weights in `.grad`; `torch.autograd.grad` does not find them.
+        """
         self.backbone.graphs = GraphedLayers() if enabled else None
 
     def forward(

@@ -341,10 +341,29 @@ def test_padded_batches_are_graphs_too() -> None:
 
 
 def test_memory_that_is_short_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "_left", lambda device: -1)
+    """For a large batch only: a small one has its graph."""
+    allocated = iter(range(0, 10**6, 100))  # every pass keeps 100 bytes
+    monkeypatch.setattr(cuda_graphs, "_allocated", lambda device: next(allocated))
+    monkeypatch.setattr(cuda_graphs, "_left", lambda device: 260)
     model = with_graphs(model_of())
     losses_and_gradients(model, [TREES[0]] * 3)
-    assert model.backbone.graphs.captured == 0
+    assert model.backbone.graphs.captured == 1
+    monkeypatch.setattr(cuda_graphs, "_left", lambda device: 249)
+    assert_same(losses_and_gradients(model, [TREES[7]] * 3), losses_and_gradients(model_of(), [TREES[7]] * 3))
+    assert len(model.backbone.graphs._tried) == 1  # of the size that has none
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_graphs_give_way_to_a_batch_that_needs_their_memory(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = iter(range(0, 10**6, 64))  # a byte a token of the first batch
+    monkeypatch.setattr(cuda_graphs, "_allocated", lambda device: next(allocated))
+    model = with_graphs(model_of())
+    losses_and_gradients(model, [TREES[0]] * 2)
+    assert model.backbone.graphs.captured == 1
+    needed = int(cuda_graphs.TAKEN * (64 + 128))  # what the graph holds, and the other size's 128 tokens
+    monkeypatch.setattr(cuda_graphs, "_left", lambda device: needed - short)
+    loss_of(model, TREES[7]).backward()
+    assert model.backbone.graphs.captured == 1 - short
 
 
 def test_a_capture_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
