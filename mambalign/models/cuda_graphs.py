@@ -83,7 +83,9 @@ class GraphedLayers:
 
     def __call__(self, backbone: Any, embeds: Tensor, segments: Segments) -> Tensor | None:
         """`[1, T, H]` -> the last norm's output `[1, T, H]`; None where the layers are to be called as they are."""
-        found = survey(backbone, embeds)
+        if not _on_gpu(embeds):
+            return None
+        found = survey(backbone)
         if not isinstance(found, str) and found != self._weights:
             self.clear()
             self._weights, self._failed = found, None
@@ -197,13 +199,11 @@ class GraphedLayers:
         self._lent.clear()
 
 
-def survey(backbone: Any, embeds: Tensor) -> str | list[Any]:
+def survey(backbone: Any) -> str | list[Any]:
     """Why the layers cannot be graphs; if they can, what of the weights a graph relies on and cannot see changing.
 
     Asked at every call, while the device waits: hence one round.
     """
-    if not _on_gpu(embeds):
-        return "no NVIDIA GPU"
     if not backbone.graphable:
         return f"{type(backbone).__name__} runs kernels of others, which are chosen while they run"
     if torch.distributed.is_available() and torch.distributed.is_initialized():

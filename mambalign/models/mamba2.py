@@ -118,6 +118,7 @@ class Mamba2Block(PackedBlock, hf_mamba2.Mamba2Block):
 
 class Mamba2Model(PackedModel, hf_mamba2.Mamba2Model):
     pretrained_class, block_class = hf_mamba2.Mamba2PreTrainedModel, Mamba2Block
+    graphable = False  # the scan's kernels are flash-linear-attention's, which choose among themselves while they run
 
 
 class Mamba2ForCausalLM(PackedCausalLM, hf_mamba2.Mamba2ForCausalLM):

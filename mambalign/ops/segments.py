@@ -240,6 +240,13 @@ class Segments:
         self.cu_seqlens, self.parent = other.cu_seqlens, other.parent
         return True
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cu_seqlens": self.cu_seqlens, "parent": self.parent, "fixed": self.fixed}  # plans are made again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Segments.__init__(self, state["cu_seqlens"], state["parent"])
+        self.fixed = state["fixed"]
+
     def __repr__(self) -> str:
         return f"Segments(lengths={self.lengths.tolist()}, parent={self.parent.tolist()})"
 

@@ -434,6 +434,13 @@ def test_segments_become_others() -> None:
     assert not one.become(forked) and one == other
 
 
+def test_segments_with_plans_can_be_copied_and_pickled() -> None:
+    segments = Segments.from_lengths([20, 30], [-1, 0]).padded(64, 4)
+    cuda_conv.plan(segments, 3, torch.device("cpu"))
+    for other in (copy.deepcopy(segments), pickle.loads(pickle.dumps(segments))):
+        assert other == segments and other.fixed and not other.planned and other.lengths.tolist() == [20, 30, 14, 0]
+
+
 def test_there_has_to_be_room() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         Segments.from_lengths([10, 10]).padded(19, 4)
@@ -446,3 +453,10 @@ def test_filling_is_little(tokens: int) -> None:
     full, count = cuda_graphs.filled_size(Segments.from_lengths([tokens - tokens // 2, tokens // 2]))
     assert tokens <= full <= max(tokens + 64, tokens * 17 / 16) and count in (2, 4)
     assert cuda_graphs.filled_size(Segments.from_lengths([2048] * 3)) == (6144, 3)
+
+
+def test_a_mamba_2_runs_without() -> None:
+    from mambalign.models.mamba2 import Mamba2Model
+
+    assert not Mamba2Model.graphable
+    assert "kernels of others" in str(cuda_graphs.survey(Mamba2Model.__new__(Mamba2Model)))
