@@ -228,7 +228,7 @@ def test_plan(
     plan.main(["--tiny", "--repeats", "1", "--json", str(file)])
     sft, dpo, refused = json.loads(file.read_text())["rows"]
     assert (sft["tokens"], sft["passes"], sft["targets"]) == (128, 2, 2 * 48)
-    assert (dpo["tokens"], dpo["targets"], dpo["reference_tokens"]) == (128, 96, 4 * 128)
+    assert (dpo["tokens"], dpo["targets"], dpo["reference_tokens"]) == (128, 96, (plan.WARMUP + 1) * 128)
     for row in (sft, dpo):
         parts = [row[f"{name}_seconds"] for name in ("forward", "backward", "clip", "optimizer")]
         assert min(parts) > 0 and sum(parts) < 2 * row["seconds"] and row["planned"]["seconds"]["step"] > 0
