@@ -149,7 +149,7 @@ class GraphedLayers:
             return None
         kept = found[1]
         if _left(embeds.device) < ROOM * kept:
-            self._say(f"for {key[0]:,} tokens {ROOM * kept / 2**30:.1f} GiB would have to be free")
+            self._say(f"for all batches: {ROOM:g} times what one keeps has to be free")
             return None
         self._take_back()
         if self._pool is None:

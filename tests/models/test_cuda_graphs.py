@@ -340,8 +340,9 @@ def test_padded_batches_are_graphs_too() -> None:
     assert Again.replays
 
 
-def test_memory_that_is_short_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a large batch only: a small one has its graph."""
+def test_memory_that_is_short_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """For a large batch only: a small one has its graph. It is said once."""
+    caplog.set_level("INFO", "mambalign")
     allocated = iter(range(0, 10**6, 100))  # every pass keeps 100 bytes
     monkeypatch.setattr(cuda_graphs, "_allocated", lambda device: next(allocated))
     monkeypatch.setattr(cuda_graphs, "_left", lambda device: 260)
@@ -351,6 +352,7 @@ def test_memory_that_is_short_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cuda_graphs, "_left", lambda device: 249)
     assert_same(losses_and_gradients(model, [TREES[7]] * 3), losses_and_gradients(model_of(), [TREES[7]] * 3))
     assert len(model.backbone.graphs._tried) == 1  # of the size that has none
+    assert sum("has to be free" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("short", [0, 1])
