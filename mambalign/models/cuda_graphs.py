@@ -330,14 +330,20 @@ class _Graph:
             d_hidden = torch.zeros_like(hidden)
         inputs = [*leaves.values()] + ([x] if x.requires_grad else [])
 
+        used: list[bool] = []  # what has no part in the output keeps having no gradient
+
         def backward() -> list[Tensor]:
             gradients = torch.autograd.grad(outputs.pop(), inputs, d_hidden, allow_unused=True)
-            return [_like(gradient, leaf) for gradient, leaf in zip(gradients, inputs, strict=True)]
+            used[:] = [gradient is not None for gradient in gradients]
+            pairs = zip(gradients, inputs, strict=True)
+            return [_like(gradient, leaf) for gradient, leaf in pairs if gradient is not None]
 
         gradients, self._backward = _captured(backward, pool)
         self._x, self._d_hidden, self._hidden = x.detach(), d_hidden, _lent(hidden, self._forward)
         self._d_x = _lent(gradients.pop(), self._backward) if x.requires_grad else None
-        parameters = zip(named.values(), gradients, strict=True)
+        parameters = zip(
+            [p for p, is_used in zip(named.values(), used, strict=False) if is_used], gradients, strict=True
+        )
         self._gradients = [(parameter, _lent(gradient, self._backward)) for parameter, gradient in parameters]
 
     def forward(self, embeds: Tensor) -> Tensor:
@@ -356,10 +362,8 @@ def _fill(buffer: Tensor, values: Tensor) -> None:
     buffer[:, values.shape[1] :].zero_()
 
 
-def _like(gradient: Tensor | None, leaf: Tensor) -> Tensor:
-    """As autograd leaves it in `.grad`: in the leaf's layout; zeros where the leaf has no part in the output."""
-    if gradient is None:
-        return torch.zeros_like(leaf)
+def _like(gradient: Tensor, leaf: Tensor) -> Tensor:
+    """As autograd leaves it in `.grad`: in the leaf's layout."""
     return gradient if gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
 
 

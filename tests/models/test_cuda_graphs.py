@@ -273,6 +273,15 @@ def test_frozen_weights(frozen: str) -> None:
     assert Again.replays
 
 
+def test_a_weight_without_a_part_in_the_output_has_no_gradient() -> None:
+    model = with_graphs(model_of())
+    model.backbone.layers[0].mixer.register_parameter("spare", torch.nn.Parameter(torch.ones(3)))
+    for _ in range(3):
+        loss_of(model, TREES[0]).backward()
+    assert Again.replays == 4 and model.backbone.layers[0].mixer.spare.grad is None
+    assert all(p.grad is not None for name, p in model.named_parameters() if "spare" not in name)
+
+
 def test_weights_in_other_places_are_captured_anew() -> None:
     model, expected = with_graphs(model_of()), model_of()
     losses_and_gradients(model, TREES[:4])
