@@ -41,7 +41,7 @@ logger = logging.getLogger("mambalign")
 
 Key = tuple[int, int, tuple[Any, ...]]  # tokens, segments, and `_manner`
 
-KEPT = 128  # graphs, each of a few MB beside the memory that all of them share
+KEPT = 128  # graphs: each has memory of its own for its launches, beside what all of them share
 TRIED = 8  # kinds of batches of a size that are remembered: forked or not, and by the items of the scan
 STEPS = 16  # sizes between powers of two: packed rows fill them, and of any other batch 2 % is filling on average
 SMALLEST_STEP = 64  # tokens
