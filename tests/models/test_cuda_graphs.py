@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,9 +19,7 @@ import transformers
 from mambalign.models import cuda_graphs
 from mambalign.models.mamba import FalconMambaForCausalLM, MambaForCausalLM
 from mambalign.ops import Segments, cuda_conv, cuda_scan
-from tests.ops import emulated
-
-pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here to compile the emulation with")
+from tests.ops.test_cuda import built, emulation, pytestmark  # noqa: F401 (fixtures)
 
 # Sizes of one graph each, several times; the trees of a size differ in lengths, numbers and forks.
 TREES: list[tuple[list[int], list[int] | None]] = [
@@ -66,14 +63,8 @@ def captured(run: Callable[[], list[torch.Tensor]], pool: Any) -> tuple[list[tor
     return [*again.outputs], again
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
-
-
 @pytest.fixture(autouse=True)
-def emulation(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    emulated.install(monkeypatch, built)
+def stand_ins(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     for name, stand_in in {
         "_on_gpu": lambda x: True,
         "_new_pool": object,
@@ -86,8 +77,6 @@ def emulation(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Few blocks at a time, so that all numbers of units are spread over as many items.
     monkeypatch.setattr(cuda_scan, "HELD", {"scan_forward": 4, "scan_backward": 4})
     Again.replays = 0
-    yield
-    emulated.forget()
 
 
 def model_of(kind: str = "mamba", **config: Any) -> Any:
@@ -428,7 +417,7 @@ def test_tables_of_fixed_segments_have_one_shape(forked: bool, shortest: int, mo
         for backwards in (False, True):
             cuda_scan.plan(padded, 3, 5, device, backwards)
         cuda_conv.plan(padded, 3, device)
-        shapes.add(str([(made.facts, made.shapes) for made in padded._plans.values()]))
+        shapes.add(str([made.form for made in padded._plans.values()]))
     assert len(shapes) <= 4
 
 
