@@ -75,8 +75,18 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def send_together(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tables of one dtype, sent in one copy."""
-    sent = send(torch.cat([table.flatten() for table in tables]), device).split([table.numel() for table in tables])
-    return [part.view(table.shape) for part, table in zip(sent, tables, strict=True)]
+    return taken_apart(send(end_to_end(tables), device), tables)
+
+
+def end_to_end(tables: Sequence[Tensor]) -> Tensor:
+    """Tables of one dtype, as one row of numbers."""
+    return torch.cat([table.flatten() for table in tables])
+
+
+def taken_apart(row: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+    """The views of `row` that are `tables`, which it was made of."""
+    parts = row.split([table.numel() for table in tables])
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
 def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:

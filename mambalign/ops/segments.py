@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambalign.ops.backends import send
+from mambalign.ops.backends import end_to_end, send, taken_apart
 
 # What an op makes of segments on the host: numbers that decide how it is called, and tables of one dtype for a device.
 Tables = tuple[Any, list[Tensor]]
@@ -29,10 +29,15 @@ class _Made:
 
     tables: Callable[[Segments], Tables]
     build: Callable[..., Any]
-    facts: Any
-    shapes: list[torch.Size]
+    form: Any
     sent: Tensor
     plan: Any
+
+
+def _form(made: Tables) -> Any:
+    """What two plans have in common where the tables of one can be written over those of the other."""
+    facts, tables = made
+    return facts, [table.shape for table in tables]
 
 
 class Segments:
@@ -179,12 +184,17 @@ class Segments:
     ) -> Any:
         """`build(facts, *tables)` of `tables(self)`, these sent to `device` in one copy; made once for a `key`."""
         if key not in self._plans:
-            facts, made = tables(self)
-            sent = send(torch.cat([table.flatten() for table in made]), device)
-            parts = sent.split([table.numel() for table in made])
-            placed = [part.view(table.shape) for part, table in zip(parts, made, strict=True)]
-            self._plans[key] = _Made(tables, build, facts, [t.shape for t in made], sent, build(facts, *placed))
+            made = facts, on_host = self._tables(key, tables)
+            sent = send(end_to_end(on_host), device)
+            self._plans[key] = _Made(tables, build, _form(made), sent, build(facts, *taken_apart(sent, on_host)))
         return self._plans[key].plan
+
+    def _tables(self, key: object, make: Callable[[Segments], Tables]) -> Tables:
+        """Of the plan for `key`, on the host; made once, however many graphs are asked whether they fit it."""
+        if ("tables", key) not in self.memo:
+            self.memo["tables", key] = make(self)
+        made: Tables = self.memo["tables", key]
+        return made
 
     @property
     def planned(self) -> set[str]:
@@ -213,8 +223,7 @@ class Segments:
         """Make the plans that `like` has; whether `like` could `become` these."""
         for key, theirs in like._plans.items():
             self.plan(key, theirs.sent.device, theirs.tables, theirs.build)
-            mine = self._plans[key]
-            if mine.facts != theirs.facts or mine.shapes != theirs.shapes:
+            if self._plans[key].form != theirs.form:
                 return False
         return True
 
@@ -224,14 +233,11 @@ class Segments:
         """
         if self == other:
             return True
-        made = {key: mine.tables(other) for key, mine in self._plans.items()}
-        for key, (facts, tables) in made.items():
-            mine = self._plans[key]
-            if facts != mine.facts or [table.shape for table in tables] != mine.shapes:
-                return False
-        for key, (_, tables) in made.items():
-            sent = self._plans[key].sent
-            sent.copy_(send(torch.cat([table.flatten() for table in tables]), sent.device))
+        made = {key: other._tables(key, mine.tables) for key, mine in self._plans.items()}
+        if any(_form(made[key]) != mine.form for key, mine in self._plans.items()):
+            return False
+        for key, mine in self._plans.items():
+            mine.sent.copy_(send(end_to_end(made[key][1]), mine.sent.device))
         for name, value in list(vars(Segments).items()):
             if isinstance(value, cached_property):
                 vars(self).pop(name, None)
