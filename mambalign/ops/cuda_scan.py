@@ -273,8 +273,8 @@ class _Problem:
 
     def compile(self, laid: dict[str, Any], softplus: bool) -> None:
         """Choose the kernels, for both directions, by the layout of the token tensors."""
-        rows = self.N == STATES and all(_aligned(laid, name) for name in ("B", "C"))
-        tokens = self.D % 4 == 0 and all(_aligned(laid, name) for name in ("u", "delta", "z") if name in laid)
+        rows = self.N == STATES and all(nvrtc.in_fours(laid[name]) for name in ("B", "C"))
+        tokens = self.D % 4 == 0 and all(nvrtc.in_fours(laid[name]) for name in ("u", "delta", "z") if name in laid)
         macros = {
             "IO": IO[self.dtype],
             "GATED": "z" in laid,
@@ -469,12 +469,6 @@ class SelectiveScan(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _aligned(laid: dict[str, Any], name: str) -> bool:
-    """Whether four neighbours can be read at once, anywhere in the rows."""
-    rows = laid[name]
-    return rows.data_ptr() % (4 * rows.itemsize) == 0 and rows.stride(0) % 4 == 0
 
 
 def _tokens(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> dict[str, Tensor]:

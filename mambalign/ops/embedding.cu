@@ -19,16 +19,6 @@ struct Params {
 
 __device__ __forceinline__ int column() { return (blockIdx.y * THREADS + threadIdx.x) * 4; }
 
-__device__ __forceinline__ void write(io* to, const Quad& sum, int exist) {
-  if (ALIGNED_ROWS) {
-    *(Four*)to = narrow(sum);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < exist) to[i] = narrow(sum.v[i]);
-}
-
 // A piece of a run, fp32.
 __device__ __forceinline__ void keep(float* to, const Quad& sum, int exist) {
 #pragma unroll
@@ -56,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_runs(const Params p) {
     else if (i + 1 == count && last_goes_on)
       keep(p.going_on + chunk, sum, exist);
     else
-      write(p.d_weight + tokens[i] * p.width + at, sum, exist);
+      store<ALIGNED_ROWS>(p.d_weight + tokens[i] * p.width + at, sum, exist);
     sum = Quad{}, began = false;
   }
 }
@@ -78,5 +68,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_pieces(const Params p)
     for (int k = 0; k < 4; ++k)
       if (k < exist) sum.v[k] += p.began[next / CHUNK * p.width + at + k];
   }
-  write(p.d_weight + token * p.width + at, sum, exist);
+  store<ALIGNED_ROWS>(p.d_weight + token * p.width + at, sum, exist);
 }

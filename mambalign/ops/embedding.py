@@ -50,8 +50,9 @@ class Embedding(torch.autograd.Function):
             "began": began,
         }
         values |= {"going_on": going_on, "num_tokens": tokens.numel(), "width": width}
-        aligned = width % 4 == 0 and d_rows.data_ptr() % (4 * d_rows.itemsize) == 0
-        kernels = module((("IO", nvrtc.IO[ctx.dtype]), ("ALIGNED_ROWS", int(aligned)), ("THREADS", THREADS)), device)
+        aligned = width % 4 == 0 and nvrtc.in_fours(d_rows)
+        macros = {"IO": nvrtc.IO[ctx.dtype], "ALIGNED_ROWS": int(aligned), "THREADS": THREADS}
+        kernels = module(tuple(macros.items()), device)
         for kernel in ("sum_runs", "sum_pieces"):
             kernels.launch(kernel, (chunks, -(-width // (4 * THREADS))), THREADS, values)
         return None, d_weight

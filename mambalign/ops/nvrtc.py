@@ -70,6 +70,11 @@ def _layout(source: Path) -> Any:
     return ctypes.c_int64 * len(fields(source))
 
 
+def in_fours(rows: Tensor) -> bool:
+    """Whether four neighbours can be read at once, anywhere in the rows."""
+    return rows.data_ptr() % (4 * rows.itemsize) == 0 and rows.stride(0) % 4 == 0
+
+
 def pack(source: Path, values: dict[str, Any]) -> Any:
     """`struct Params` as 8-byte words: tensors become addresses; None, and what is not named, 0.
 

@@ -135,6 +135,18 @@ __device__ __forceinline__ Four fetch(const io* from, int exist) {
   return narrow(values);
 }
 
+// And the way back: to the first `exist`.
+template <bool ALIGNED>
+__device__ __forceinline__ void store(io* to, const Quad& values, int exist) {
+  if (ALIGNED) {
+    if (exist > 0) *(Four*)to = narrow(values);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < exist) to[i] = narrow(values.v[i]);
+}
+
 __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }

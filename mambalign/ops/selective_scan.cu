@@ -68,16 +68,6 @@ __device__ __forceinline__ float step_size_slope(float x) { return SOFTPLUS ? si
 
 __device__ __forceinline__ float gate(float z) { return GATED ? z * sigmoid(z) : 1.f; }
 
-__device__ __forceinline__ void store(io* to, const Quad& values, int exist) {
-  if (ALIGNED_TOKENS) {
-    if (exist > 0) *(Four*)to = narrow(values);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < exist) to[i] = narrow(values.v[i]);
-}
-
 // Which part a lane has. In a walk: one channel, and states 8 * half to 8 * half + 7 of it; the lane with the other half
 // is lane ^ 4. In preparing a tile: tokens row, row + 8, ..., four channels. All share an item and a block of channels.
 struct Place {
@@ -319,7 +309,7 @@ __device__ __forceinline__ void walk_forward(const Params& p, int index) {
 #pragma unroll
           for (int c = 0; c < 4; ++c)
             gated.v[c] = (prepared(groups[group(i, lane)].x, c, lane) + skip.v[c] * inputs.v[c]) * gate(gates.v[c]);
-          store(out + t * ROW_LENGTH(p), gated, t < count ? exist : 0);
+          store<ALIGNED_TOKENS>(out + t * ROW_LENGTH(p), gated, t < count ? exist : 0);
         }
       }
       __syncthreads();
@@ -650,9 +640,9 @@ __device__ __forceinline__ void walk_backward(const Params& p, int index) {
           d_D.v[c] += d_y * inputs.v[c];
         }
         const i64 to = (i64)(unit.begin + tile + t) * ROW_LENGTH(p) + lane.first_channel;
-        store(p.d_u + to, d_u, exist);
-        store(p.d_delta + to, d_delta, exist);
-        if (GATED) store(p.d_z + (i64)(unit.begin + tile + t) * STRIDE(p, d_z) + lane.first_channel, d_z, exist);
+        store<ALIGNED_TOKENS>(p.d_u + to, d_u, exist);
+        store<ALIGNED_TOKENS>(p.d_delta + to, d_delta, exist);
+        if (GATED) store<ALIGNED_TOKENS>(p.d_z + (i64)(unit.begin + tile + t) * STRIDE(p, d_z) + lane.first_channel, d_z, exist);
       }
       __syncthreads();
       float4* to_BC = p.d_BC + (lane.block * p.num_tokens + unit.begin + tile) * 8 + lane.lane;
