@@ -109,6 +109,7 @@ class Module:
         self._image = _compile(source, macros, device)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes torch's context current
+            self._context = _checked(driver.cuCtxGetCurrent())
             self._library = _checked(driver.cuModuleLoadData(self._image))
         self._functions: dict[str, Any] = {}
         logger.info("%s compiled for %s in %.1f s", source.name, device, time.perf_counter() - started)
@@ -128,9 +129,12 @@ class Module:
         pointers = ctypes.c_void_p(ctypes.addressof(params))
         # As Triton asks for it: a tenth of the time of `torch.cuda.current_stream()`.
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        launched = self._driver.cuLaunchKernel(
-            function, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
-        )
+        arguments = function, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
+        launched = self._driver.cuLaunchKernel(*arguments)
+        if launched[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            # A thread of autograd's, which has called nothing of CUDA's before: the first op to go backwards is ours.
+            _checked(self._driver.cuCtxSetCurrent(self._context))
+            launched = self._driver.cuLaunchKernel(*arguments)
         _checked(launched)
 
     def _function(self, name: str, shared: int) -> Any:
