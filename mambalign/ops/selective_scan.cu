@@ -34,12 +34,20 @@
 #define GAPPED (LANES * SUB + 12)  // numbers of SUB tokens of a warp's channels in a `Numbers`
 
 // Tokens [begin, begin + length) of one segment. `parent` is the unit before it on its path or -1; `slot` its row in
-// the workspaces of units that have a parent or a child, -1 if it has neither; `checkpoint` its first row of those.
-// In a relay a unit gets its first state from the one before it, through row `before` of `starts`, and hands its last
-// on to the one after it, through row `after`; gradients go the other way, through `ends`. -1 where there is none.
+// the workspaces of units that are joined to others, -1 if it is not; `checkpoint` its first row of those.
+// Without a slot a unit gets its first state from its parent, through row `before` of `starts`, and hands its last on to
+// its children, through row `after`; gradients go the other way, through `ends`, where all children but the first to go
+// backwards add theirs (`adds`). -1 where there is none.
 struct Unit {
-  int begin, length, segment, parent, slot, checkpoint, is_last, has_child, before, after;
+  int begin, length, segment, parent, slot, checkpoint, is_last, before, after, adds;
 };
+
+// A unit with a slot, and its parent's slot or -1: few words, and the next ones on their way, since whoever joins waits.
+struct Join {
+  int slot, parent, segment, flags;
+};
+#define HAS_CHILD 1
+#define IS_LAST 2
 
 // What all kernels take; ops/cuda_scan.py fills it by name. Every field is 8 bytes wide.
 struct Params {
@@ -48,7 +56,7 @@ struct Params {
   i64 u_stride, delta_stride, B_stride, C_stride, z_stride, d_out_stride, d_z_stride;
   const Unit* units;
   const int *item_starts, *item_units;  // item i walks units item_units[item_starts[i] : item_starts[i + 1]]
-  const int* joined;                    // units with a slot, parents first; then perhaps -1 for room that is not used
+  const Join* joined;                   // units with a slot, parents first; then perhaps -1 for room that is not used
   const float *initial, *d_final;       // [S, 16, Dp] or null
   float *starts, *ends, *sums;          // [slots, 16, Dp], the same, [slots, Dp]
   float *checkpoints, *finals;          // state before every TILE tokens; after the last token of every segment
@@ -168,6 +176,11 @@ __device__ __forceinline__ Quad vector(const float* from, const Place& lane) {
 __device__ __forceinline__ void load_states(float (&states)[HALF], const float* row, const Place& lane, i64 Dp) {
 #pragma unroll
   for (int n = 0; n < HALF; ++n) states[n] = row ? row[(lane.half * HALF + n) * Dp + lane.channel] : 0.f;
+}
+
+__device__ __forceinline__ void add_states(float (&states)[HALF], const float* row, const Place& lane, i64 Dp) {
+#pragma unroll
+  for (int n = 0; n < HALF; ++n) states[n] += row[(lane.half * HALF + n) * Dp + lane.channel];
 }
 
 __device__ __forceinline__ void store_states(float* row, const float (&states)[HALF], const Place& lane, i64 Dp) {
@@ -327,12 +340,15 @@ extern "C" __global__ void join_forward(const Params p) {
   const i64 Dp = p.padded_channels, element = blockIdx.x * (i64)blockDim.x + threadIdx.x, row = N * Dp;
   if (element >= row) return;
   const float A = p.A[element];
-  for (int k = 0; k < p.num_joined && p.joined[k] >= 0; ++k) {
-    const Unit unit = p.units[p.joined[k]];
+  Join next = p.joined[0];
+  for (int k = 0; k < p.num_joined && next.slot >= 0; ++k) {
+    const Join unit = next;
+    next = p.joined[min(k + 1, (int)p.num_joined - 1)];
     float start = p.initial ? p.initial[unit.segment * row + element] : 0.f;
-    if (unit.parent >= 0) start = p.ends[p.units[unit.parent].slot * row + element];
+    if (unit.parent >= 0) start = p.ends[unit.parent * row + element];
     p.starts[unit.slot * row + element] = start;
-    if (unit.has_child) p.ends[unit.slot * row + element] += exp2_fast(A * p.sums[unit.slot * Dp + element % Dp]) * start;
+    if (unit.flags & HAS_CHILD)
+      p.ends[unit.slot * row + element] += exp2_fast(A * p.sums[unit.slot * Dp + element % Dp]) * start;
   }
 }
 
@@ -343,16 +359,17 @@ extern "C" __global__ void join_backward(const Params p) {
   if (element >= row) return;
   const float A = p.A[element];
   int joined = 0;
-  for (; joined < p.num_joined && p.joined[joined] >= 0; ++joined) {
-    const Unit unit = p.units[p.joined[joined]];
-    p.ends[unit.slot * row + element] = unit.is_last && p.d_final ? p.d_final[unit.segment * row + element] : 0.f;
+  for (; joined < p.num_joined && p.joined[joined].slot >= 0; ++joined) {
+    const Join unit = p.joined[joined];
+    p.ends[unit.slot * row + element] = unit.flags & IS_LAST && p.d_final ? p.d_final[unit.segment * row + element] : 0.f;
   }
+  Join next = p.joined[max(joined - 1, 0)];
   for (int k = joined - 1; k >= 0; --k) {
-    const Unit unit = p.units[p.joined[k]];
+    const Join unit = next;
+    next = p.joined[max(k - 1, 0)];
     if (unit.parent < 0) continue;
     const float decay = exp2_fast(A * p.sums[unit.slot * Dp + element % Dp]);
-    p.ends[p.units[unit.parent].slot * row + element] +=
-        p.starts[unit.slot * row + element] + decay * p.ends[unit.slot * row + element];
+    p.ends[unit.parent * row + element] += p.starts[unit.slot * row + element] + decay * p.ends[unit.slot * row + element];
   }
 }
 
@@ -473,7 +490,8 @@ __device__ __forceinline__ void walk_backward(const Params& p, int index) {
     const Unit unit = p.units[p.item_units[item]];
     float g[HALF];
     const int from = max(unit.slot, unit.after);
-    load_states(g, from >= 0 ? p.ends + from * N * Dp : p.d_final ? p.d_final + unit.segment * N * Dp : 0, lane, Dp);
+    load_states(g, from >= 0 ? p.ends + from * N * Dp : 0, lane, Dp);
+    if (p.d_final && unit.slot < 0 && unit.is_last) add_states(g, p.d_final + unit.segment * N * Dp, lane, Dp);
     struct Inputs {
       Prepared delta, u, d_out, z;
     };
@@ -655,6 +673,7 @@ __device__ __forceinline__ void walk_backward(const Params& p, int index) {
       }
       if (RELAY) now = coming;
     }
+    if (unit.adds) add_states(g, p.ends + unit.before * N * Dp, lane, Dp);
     if (unit.before >= 0) store_states(p.ends + unit.before * N * Dp, g, lane, Dp);
     if (p.d_initial && unit.parent < 0) store_states(p.d_initial + unit.segment * N * Dp, g, lane, Dp);
   }

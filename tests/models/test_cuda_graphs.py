@@ -18,7 +18,7 @@ import transformers
 
 from mambalign.models import cuda_graphs
 from mambalign.models.mamba import FalconMambaForCausalLM, MambaForCausalLM
-from mambalign.ops import Segments, cuda_conv, cuda_scan
+from mambalign.ops import Segments, cuda_conv, scan_plan
 from tests.ops.test_cuda import built, emulation, pytestmark  # noqa: F401 (fixtures)
 
 # Sizes of one graph each, several times; the trees of a size differ in lengths, numbers and forks.
@@ -75,7 +75,7 @@ def stand_ins(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa
     }.items():
         monkeypatch.setattr(cuda_graphs, name, stand_in)
     # Few blocks at a time, so that all numbers of units are spread over as many items.
-    monkeypatch.setattr(cuda_scan, "HELD", {"scan_forward": 4, "scan_backward": 4})
+    monkeypatch.setattr(scan_plan, "HELD", {"scan_forward": 4, "scan_backward": 4})
     Again.replays = 0
 
 
@@ -408,17 +408,18 @@ def random_tree(tokens: int, segments: int, forked: bool, source: random.Random)
 @pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("shortest", [32, 256])
 def test_tables_of_fixed_segments_have_one_shape(forked: bool, shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two kinds each: with and without a state that goes from unit to unit, or a window from segment to segment."""
-    monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", shortest)
+    """Few kinds: with and without a window that goes from segment to segment, or a state, which has two ways to go."""
+    monkeypatch.setattr(scan_plan, "SHORTEST_PIECE", shortest)
+    monkeypatch.setattr(scan_plan, "HELD", {"scan_forward": 20, "scan_backward": 20})
     source, device, shapes = random.Random(0), torch.device("cpu"), set()
     for _ in range(150):
         padded = random_tree(1000, 16, forked, source).padded(1024, 16)
         assert padded.num_tokens == 1024 and padded.num_segments == 16
-        for backwards in (False, True):
-            cuda_scan.plan(padded, 3, 5, device, backwards)
+        for kernel in scan_plan.HELD:
+            scan_plan.plan(padded, 3, device, kernel)
         cuda_conv.plan(padded, 3, device)
         shapes.add(str([made.form for made in padded._plans.values()]))
-    assert len(shapes) <= 4
+    assert len(shapes) <= 6
 
 
 def test_segments_become_others() -> None:

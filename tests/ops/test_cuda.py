@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from mambalign.ops import (
     halves,
     nvrtc,
     rms_norm,
+    scan_plan,
     selective_scan,
     token_logps,
 )
@@ -59,11 +61,16 @@ def emulation(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     emulated.forget()
 
 
-@pytest.fixture(params=["whole segments", "pieces"])
+def go_in_families(monkeypatch: pytest.MonkeyPatch, whether: bool) -> None:
+    monkeypatch.setattr(scan_plan, "JOINING", dict.fromkeys(scan_plan.HELD, 1e9 if whether else -1e9))
+
+
+@pytest.fixture(params=["whole segments", "pieces", "families"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long segments are cut for parallelism; no cut may show."""
+    """Long segments are cut for parallelism, and trees walked by one block; nothing of it may show."""
+    go_in_families(monkeypatch, request.param == "families")
     if request.param == "pieces":
-        monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", 32)
+        monkeypatch.setattr(scan_plan, "SHORTEST_PIECE", 32)
 
 
 def compare(op: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, **options: Any) -> None:
@@ -416,7 +423,16 @@ def test_structs_of_host_and_kernels_agree() -> None:
         (nvrtc.PREAMBLE, {"SUMMERS": nvrtc.SUMMERS // 32}),
         (EMBEDDING.SOURCE, {"CHUNK": EMBEDDING.CHUNK}),
         (cuda_decode.SOURCE, {"THREADS": cuda_decode.THREADS}),
-        (cuda_scan.SOURCE, {"N": cuda_scan.STATES, "LANES": cuda_scan.LANES, "TILE": cuda_scan.TILE}),
+        (
+            cuda_scan.SOURCE,
+            {
+                "N": cuda_scan.STATES,
+                "LANES": cuda_scan.LANES,
+                "TILE": scan_plan.TILE,
+                "HAS_CHILD": scan_plan.HAS_CHILD,
+                "IS_LAST": scan_plan.IS_LAST,
+            },
+        ),
         (cuda_logps.SOURCE, {"LANES": cuda_logps.LANES, "BLOCK": cuda_logps.BLOCK}),
     ):
         for name, value in constants.items():
@@ -440,7 +456,7 @@ def test_a_relay_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"segments": segments, "backend": "cuda", "delta_softplus": True}
     whole = outputs_and_gradients(selective_scan, inputs, **options)
     assert ("scan_forward", 0) in launched and ("scan_backward", 0) in launched
-    monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", 32)
+    monkeypatch.setattr(scan_plan, "SHORTEST_PIECE", 32)
     launched.clear()
     relayed = outputs_and_gradients(selective_scan, inputs, **options)
     # 270 tokens are 3 legs of 96, since a leg is whole tiles.
@@ -457,12 +473,12 @@ def test_a_relay_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_goes_in_a_relay(rows: int, length: int, D: int, goes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On 132 multiprocessors: between two and 2.6 warps a scheduler, long enough to be cut, of one length, no forks."""
     monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 132)
-    blocks, device = D // (cuda_scan.LANES * cuda_scan.WARPS), torch.device("cpu")
-    assert cuda_scan._is_relay(Segments.from_lengths([length] * rows, [-1] * rows), blocks, device) == goes
+    blocks, device = D // (cuda_scan.LANES * scan_plan.WARPS), torch.device("cpu")
+    assert scan_plan.is_relay(Segments.from_lengths([length] * rows, [-1] * rows), blocks, device) == goes
     uneven = Segments.from_lengths([length] * (rows - 1) + [length - 1], [-1] * rows)
     forked = Segments.from_lengths([length] * rows, [-1] + [0] * (rows - 1))
-    assert not cuda_scan._is_relay(uneven, blocks, device)
-    assert not cuda_scan._is_relay(forked, blocks, device)
+    assert not scan_plan.is_relay(uneven, blocks, device)
+    assert not scan_plan.is_relay(forked, blocks, device)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -470,17 +486,63 @@ def test_only_where_gradients_are_wanted_a_plan_is_made_for_them(wanted: bool) -
     segments, inputs = Segments.from_lengths([40, 30]), scan_inputs(70, 2, torch.float32, D=20, N=16)
     with torch.set_grad_enabled(wanted):
         selective_scan(**inputs, segments=segments, backend="cuda")
-    assert [key[-1] for key in segments._plans if key[0] == "cuda scan"] == ([False, True] if wanted else [False])
+    made = [key[-1] for key in segments._plans if key[0] == "cuda scan"]
+    assert made == (["scan_forward", "scan_backward"] if wanted else ["scan_forward"])
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_the_leg_before_one_is_a_round_of_rows_earlier(backwards: bool) -> None:
+# Prompts, tokens of each of two completions, channels; and the way that was faster for such batches on an H200.
+FORKS = {
+    "few short pairs": ([150, 260, 40, 90, 620, 110, 60, 200], 100, 1536, "apart"),
+    "many short pairs": ([150, 260, 40, 90, 620, 110, 60, 200] * 8, 100, 1536, "families"),
+    "few short pairs, wide": ([150, 260, 40, 90, 620, 110, 60, 200] * 2, 100, 5120, "families"),
+    "few long pairs": ([3800, 900, 700, 1400], 200, 1536, "apart"),
+    "one pair, wide": ([1700], 200, 5120, "apart"),
+}
+
+
+@pytest.mark.parametrize("batch", FORKS)
+def test_forks_go_the_faster_way(batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 132)
+    prompts, completion, channels, way = FORKS[batch]
+    lengths = [tokens for prompt in prompts for tokens in (prompt, completion, completion)]
+    parent = [p for root in range(0, len(lengths), 3) for p in (-1, root, root)]
+    for kernel in scan_plan.HELD:
+        plan = scan_plan.plan(Segments.from_lengths(lengths, parent), channels // 64, torch.device("cpu"), kernel)
+        assert (plan.handed == len(prompts)) == (way == "families")
+        assert (len(plan.joined) > 0) == (plan.heads.items > 0) == (plan.tails.items > 0) == (way == "apart")
+
+
+def test_a_family_is_walked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one block: parents first; or children first, one of whom leaves its gradient, and the others add theirs."""
+    go_in_families(monkeypatch, True)
+    segments = Segments.from_lengths(*TREES["deep tree"])
+    for kernel in scan_plan.HELD:
+        plan = scan_plan.plan(segments, 1, torch.device("cpu"), kernel)
+        seen: dict[int, int] = {}
+        for item, (start, end) in enumerate(itertools.pairwise(plan.all.starts.tolist())):
+            left: set[int] = set()
+            for unit in plan.all.units[start:end].tolist():
+                parent, before, after, adds = (plan.units[unit].tolist()[i] for i in (3, 7, 8, 9))
+                seen[unit] = item
+                if parent >= 0:
+                    assert before == plan.units[parent].tolist()[8]
+                    assert (parent in seen) == (kernel == "scan_forward")
+                    if kernel == "scan_backward":
+                        assert bool(adds) == (before in left)
+                        left.add(before)
+                assert after < 0 or kernel == "scan_forward" or after in left
+        assert sorted(seen) == list(range(8))
+        assert all(seen[u] == seen[p] for u, p in enumerate(segments.parent.tolist()) if p >= 0)
+
+
+@pytest.mark.parametrize("kernel", ["scan_forward", "scan_backward"])
+def test_the_leg_before_one_is_a_round_of_rows_earlier(kernel: str) -> None:
     """The emulation, which runs one block after the other, would not notice one that nobody waits for."""
-    facts, tables = cuda_scan._relay(Segments.from_lengths([2048] * 3, [-1] * 3), backwards)
-    relay = cuda_scan._built(facts, *tables)
+    facts, tables = scan_plan._relay(Segments.from_lengths([2048] * 3, [-1] * 3), kernel)
+    relay = scan_plan._built(facts, *tables)
     order = relay.all.units.tolist()
     for place, unit in enumerate(order):
-        before, after = relay.units[unit].tolist()[8:]
-        source = (after + 1 if after >= 0 else -1) if backwards else before
+        before, after = relay.units[unit].tolist()[7:9]
+        source = (after + 1 if after >= 0 else -1) if kernel == "scan_backward" else before
         assert order.index(source) == place - relay.rows if source >= 0 else place < relay.rows
-    assert len(order) == 3 * cuda_scan.LEGS and relay.rows == 3
+    assert len(order) == 3 * scan_plan.LEGS and relay.rows == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,13 +12,13 @@ import torch
 from mambalign.ops import (
     Segments,
     causal_conv1d,
-    cuda_scan,
     embedding,
     fla_ssd,
     gated_rms_norm,
     halves,
     nvrtc,
     rms_norm,
+    scan_plan,
     selective_scan,
     ssd,
     token_logps,
@@ -112,18 +114,48 @@ def test_scan_cut_into_pieces(shift: float) -> None:
     assert_same(ours, theirs, 1e-5)
 
 
+@pytest.mark.parametrize("families", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scan_of_trees_by_one_block_and_by_many(
+    families: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_plan, "JOINING", dict.fromkeys(scan_plan.HELD, 1e9 if families else -1e9))
+    lengths, parent = [300, 40, 70, 5, 33, 100, 9, 64, 200], [-1, 0, 0, 1, 1, -1, 5, 5, 5]
+    segments, inputs = Segments.from_lengths(lengths, parent), scan_inputs(sum(lengths), 9, dtype, D=200, N=16)
+    options: dict[str, Any] = {"segments": segments, "delta_softplus": True}
+    theirs = outputs_and_gradients(selective_scan, exact(inputs), backend="reference", **options)
+    first, second = (projected(selective_scan, on_gpu(inputs), backend="cuda", **options) for _ in range(2))
+    assert_same(first, theirs, TOLERANCE[dtype])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_op_may_be_the_first_to_go_backwards() -> None:
+    """In the thread that autograd starts for it, which has called nothing of CUDA's before."""
+    code = """
+import torch
+from mambalign.ops import selective_scan
+u, delta = (torch.rand(300, 64, device="cuda").requires_grad_() for _ in range(2))
+B, C = (torch.rand(300, 16, device="cuda").requires_grad_() for _ in range(2))
+y = selective_scan(u, delta, -torch.ones(64, 16, device="cuda"), B, C)
+d_y = torch.ones_like(y)
+assert torch.autograd.grad(y, u, d_y)[0].isfinite().all()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("crowded", [False, True], ids=["two blocks", "all blocks of the card"])
 def test_scan_in_a_relay(crowded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Legs that wait for one another: as if the card had one multiprocessor, and with every block it has."""
-    monkeypatch.setattr(cuda_scan, "SHORTEST_PIECE", 32)
-    channels = 64 * cuda_scan.HELD_IN_RELAY // cuda_scan.WARPS
+    monkeypatch.setattr(scan_plan, "SHORTEST_PIECE", 32)
+    channels = 64 * scan_plan.HELD_IN_RELAY // scan_plan.WARPS
     channels *= nvrtc.multiprocessors(torch.device("cuda")) if crowded else 1
     if not crowded:
         monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
     segments, inputs = Segments.from_lengths([270], [-1]), scan_inputs(270, 1, dtype, D=channels, N=16)
     options: dict[str, Any] = {"segments": segments, "delta_softplus": True}
-    assert cuda_scan._is_relay(segments, channels // 64, torch.device("cuda"))
+    assert scan_plan.is_relay(segments, channels // 64, torch.device("cuda"))
     theirs = outputs_and_gradients(selective_scan, exact(inputs), backend="reference", **options)
     first, second = (projected(selective_scan, on_gpu(inputs), backend="cuda", **options) for _ in range(2))
     assert_same(first, theirs, TOLERANCE[dtype])
