@@ -336,11 +336,12 @@ def test_performance_shows_the_steps_and_scans_that_were_measured() -> None:
     small = [row for row in results("sft_real_130m") if row["weights"] == "bf16"]
     sft = {row["who"]: row["tokens_per_second"] for row in small}
     assert f"**{sft['ours, packed'] / sft['mamba-ssm, padded']:.1f}x** (130m)" in page
-    for row in results("dpo_real_130m"):
+    for row in results("dpo_real_130m") + results("dpo_real_2.8b"):
         if row["data"] == "pairs" and not row["who"].startswith("reference"):
             assert f"| {row['pairs_per_second']:.1f} | {row['peak_gib']:.1f} " in page, row["who"]
-    speeds = {row["who"]: row["pairs_per_second"] for row in results("dpo_real_130m") if row["data"] != "pairs"}
-    assert f"**{speeds['e: + prefix sharing'] / speeds['d: + packing']:.2f}x** at 130m" in page
+    for size in ("130m", "2.8b"):
+        speeds = {row["who"]: row["pairs_per_second"] for row in results(f"dpo_real_{size}") if row["data"] != "pairs"}
+        assert f"**{speeds['e: + prefix sharing'] / speeds['d: + packing']:.2f}x** at {size}" in page
 
 
 def test_performance_shows_the_whole_steps_that_were_measured() -> None:
