@@ -21,6 +21,7 @@ the second is captured. Whatever a graph cannot do (`survey`) is done without.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections import OrderedDict
@@ -341,9 +342,7 @@ class _Graph:
         gradients, self._backward = _captured(backward, pool)
         self._x, self._d_hidden, self._hidden = x.detach(), d_hidden, _lent(hidden, self._forward)
         self._d_x = _lent(gradients.pop(), self._backward) if x.requires_grad else None
-        parameters = zip(
-            [p for p, is_used in zip(named.values(), used, strict=False) if is_used], gradients, strict=True
-        )
+        parameters = zip(itertools.compress(named.values(), used), gradients, strict=True)
         self._gradients = [(parameter, _lent(gradient, self._backward)) for parameter, gradient in parameters]
 
     def forward(self, embeds: Tensor) -> Tensor:

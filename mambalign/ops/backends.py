@@ -89,6 +89,11 @@ def taken_apart(row: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
+def filled(table: Tensor, room: int, value: int) -> Tensor:
+    """`table` with rows of `value` behind it, up to `room` of them."""
+    return torch.cat([table, table.new_full((max(0, room - table.shape[0]), *table.shape[1:]), value)])
+
+
 def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
     """`out[index[i]] += values[i]` with repeated indices, summed in a fixed order on every device.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambalign.ops import nvrtc
-from mambalign.ops.backends import add_rows, send, send_together
+from mambalign.ops.backends import add_rows, filled, send, send_together
 from mambalign.ops.halves import JointGradient
 from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments, Tables
@@ -106,12 +106,7 @@ def _runs(segments: Segments) -> Tensor:
     length = torch.minimum(end - begin, torch.tensor(RUN))
     runs = torch.stack([begin, length, segment, number * RUN, end], dim=1).int()
     room = segments.num_segments + segments.num_tokens // RUN if segments.fixed else 0
-    return _filled(runs, room, 0)
-
-
-def _filled(table: Tensor, room: int, value: int) -> Tensor:
-    """`table` with rows of `value` behind it, up to `room` of them."""
-    return torch.cat([table, table.new_full((max(0, room - table.shape[0]), *table.shape[1:]), value)])
+    return filled(runs, room, 0)
 
 
 def _handed(entries: Tensor, room: int = 0) -> list[Tensor]:
@@ -122,8 +117,8 @@ def _handed(entries: Tensor, room: int = 0) -> list[Tensor]:
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rows = rows[flat[rows].argsort(stable=True)]
     if rows.numel():
-        tokens, rows = _filled(tokens, room, 0), _filled(rows, room, 0)
-        starts = _filled(starts, room + bool(room), int(starts[-1]))
+        tokens, rows = filled(tokens, room, 0), filled(rows, room, 0)
+        starts = filled(starts, room + bool(room), int(starts[-1]))
     return [tokens.int(), starts.int(), rows.int()]
 
 

@@ -70,8 +70,8 @@ class _Problem:
     ):
         u = tokens["u"]
         (self.T, self.D), self.N = u.shape, A.shape[1]
-        self.Dp = -(-self.D // (LANES * WARPS)) * (LANES * WARPS)
-        self.blocks = self.Dp // (LANES * WARPS)
+        self.blocks = -(-self.D // (LANES * WARPS))
+        self.Dp = self.blocks * LANES * WARPS
         self.device, self.segments, self.joint = u.device, segments, joint
         # One element type for all: where they differ, the widest keeps every bit.
         self.dtype = u.dtype if all(t.dtype == u.dtype for t in tokens.values()) else torch.float32
@@ -184,7 +184,7 @@ class _Problem:
         values = values | {"item_starts": walk.starts, "item_units": walk.units}
         blocks = pairs = self.blocks * walk.items
         if plan.rows and pairs:
-            blocks = min(pairs, scan_plan.held_in_relay(self.device))
+            blocks = min(pairs, scan_plan.held(scan_plan.HELD_IN_RELAY, self.device))
             turns = torch.zeros(1 + pairs, dtype=torch.int32, device=self.device)
             values |= {"turns": turns, "num_turns": pairs, "turns_apart": self.blocks * plan.rows}
         self._module.launch(kernel, (blocks, 1), 32 * WARPS, values, SHARED if kernel == "scan_backward" else 0)

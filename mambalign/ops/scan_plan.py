@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mambalign.ops import nvrtc
+from mambalign.ops.backends import filled
 from mambalign.ops.segments import Segments, Tables
 
 Array: TypeAlias = NDArray[np.int64]
@@ -50,9 +52,9 @@ class Pace:
     alone: float
     full: float
 
-    def time(self, rows: Array, blocks: int, held: int) -> float:
+    def time(self, rows: Array, blocks: int, running: int) -> float:
         """rows: tokens of each."""
-        return math.hypot(self.alone * int(rows.max(initial=0)), self.full * int(rows.sum()) * blocks / held)
+        return math.hypot(self.alone * int(rows.max(initial=0)), self.full * int(rows.sum()) * blocks / running)
 
 
 # Of the main passes, of the walks from zero before them, and for a unit that is joined: fitted to nine batches of forks
@@ -111,8 +113,8 @@ def _built(facts: tuple[int, int, int], units: Tensor, joined: Tensor, *walks: T
 def is_relay(segments: Segments, blocks: int, device: torch.device) -> bool:
     """Whether rows of one length are enough for all the blocks that a relay runs at a time, and not many more."""
     chains = segments.num_segments * blocks
-    held = held_in_relay(device)
-    return held <= chains <= RELAYED * held and _are_equal_roots(segments)
+    running = held(HELD_IN_RELAY, device)
+    return running <= chains <= RELAYED * running and _are_equal_roots(segments)
 
 
 def _are_equal_roots(segments: Segments) -> bool:
@@ -125,24 +127,26 @@ def _are_equal_roots(segments: Segments) -> bool:
 
 
 def _relay(segments: Segments, kernel: str) -> Tables:
-    """Segments of one length in `LEGS` units each: first legs first, or last legs first, one an item."""
-    length = int(segments.cu_seqlens[1])
-    step, tiles = _up(-(-length // LEGS), TILE), -(-length // TILE)
-    cuts = [(cut, min(step, length - cut)) for cut in range(0, length, step)]
-    units: list[tuple[int, ...]] = []
-    for segment in range(segments.num_segments):
-        for leg, (cut, tokens) in enumerate(cuts):
-            unit, last = len(units), leg + 1 == len(cuts)
-            before, after = (unit - 1 if leg else -1), (-1 if last else unit)
-            tile, begin = segment * tiles + cut // TILE, segment * length + cut
-            units.append((begin, tokens, segment, before, -1, tile, last, before, after, False))
-    order = -1 if kernel == "scan_backward" else 1
-    legs = sorted(range(len(units)), key=lambda u: order * (u % len(cuts)))
+    """Segments of one length in `LEGS` pieces each: first legs first, or last legs first, one an item."""
     rows = segments.num_segments
-    tables = [*map(np.array, (units, range(len(legs) + 1), legs))]
-    none = [np.empty((0, 4)), np.zeros(1), np.empty(0), np.zeros(1), np.empty(0)]
-    ordered = [tables[0], none[0], *tables[1:], *none[1:]]
-    return (tiles * rows, rows, len(units)), [*map(_int32, ordered)]
+    pieces = _cut(segments, _up(-(-int(segments.cu_seqlens[1]) // LEGS), TILE))
+    number = np.arange(len(pieces.length))
+    leg = number % (len(number) // rows)
+    order = np.argsort(-leg if kernel == "scan_backward" else leg, kind="stable")
+    after = np.where(pieces.is_last, -1, number)
+    units, checkpoints = _units(pieces, (np.full_like(number, -1), pieces.parent, after, np.zeros_like(number)))
+    nobody = np.zeros(1), np.empty(0)
+    tables = units, np.empty((0, 4)), np.append(number, len(number)), order, *nobody, *nobody
+    return (checkpoints, rows, len(number)), [*map(_int32, tables)]
+
+
+def _units(pieces: _Pieces, links: Sequence[Array]) -> tuple[Array, int]:
+    """`[U, 10]` as `struct Unit`, and how many states they leave for the backward pass; links: slot, before, after and
+    adds, `[U]` each."""
+    tiles = -(-pieces.length // TILE)
+    checkpoint = tiles.cumsum() - tiles
+    slot, *handing = links
+    return np.stack([*pieces[:4], slot, checkpoint, pieces.is_last, *handing], axis=1), int(tiles.sum())
 
 
 def _int32(values: Array) -> Tensor:
@@ -220,19 +224,14 @@ def _pieces(segments: Segments, blocks: int, kernel: str, device: torch.device) 
     longest = int(segments.lengths.max()) if segments.num_segments else 0
     if longest and segments.num_tokens // longest * blocks < ENOUGH * nvrtc.multiprocessors(device):
         # As many rows as fill the device twice, so that what is left over by whole rows weighs less.
-        rows = max(1, 2 * _held(kernel, device) // blocks)
+        rows = max(1, 2 * held(HELD[kernel], device) // blocks)
         longest = max(SHORTEST_PIECE, -(-segments.num_tokens // rows))
     return _cut(segments, min(_up(longest, TILE), LONGEST_PIECE))
 
 
-def _held(kernel: str, device: torch.device) -> int:
-    """Blocks that the device runs at a time."""
-    return HELD[kernel] // WARPS * nvrtc.multiprocessors(device)
-
-
-def held_in_relay(device: torch.device) -> int:
-    """The same in a relay."""
-    return HELD_IN_RELAY // WARPS * nvrtc.multiprocessors(device)
+def held(warps: int, device: torch.device) -> int:
+    """Blocks that a device runs at a time whose multiprocessors hold so many warps."""
+    return warps // WARPS * nvrtc.multiprocessors(device)
 
 
 def _distributed(segments: Segments, blocks: int, kernel: str, device: torch.device) -> Tables:
@@ -242,26 +241,20 @@ def _distributed(segments: Segments, blocks: int, kernel: str, device: torch.dev
     else:
         pieces = _pieces(segments, blocks, kernel, device)
         paths = _apart(pieces)
-    tiles = -(-pieces.length // TILE)
-    units = np.stack([*pieces[:4], paths.slot, tiles.cumsum() - tiles, pieces.is_last, *paths[1:4]], axis=1)
+    units, checkpoints = _units(pieces, paths[:4])
     # As many as there can be, of these tokens in these segments: no piece that is not a segment's last is shorter.
     room = segments.num_segments + segments.num_tokens // SHORTEST_PIECE if segments.fixed else 0
-    checkpoints = segments.num_segments + segments.num_tokens // TILE if segments.fixed else int(tiles.sum())
     handed = int(paths.after.max(initial=-1)) + 1
-    if segments.fixed and handed:
-        handed = segments.num_segments
+    if segments.fixed:
+        checkpoints = segments.num_segments + segments.num_tokens // TILE
+        handed = segments.num_segments if handed else 0
     walks = [
-        _int32(table)
+        table
         for groups in (paths.all, paths.heads, paths.tails)
-        for table in _walk(groups, groups.tokens(pieces), blocks, _held(kernel, device), room)
+        for table in _walk(groups, groups.tokens(pieces), blocks, held(HELD[kernel], device), room)
     ]
-    joined = _filled(paths.joined, room if len(paths.joined) else 0, -1)
-    return (checkpoints, 0, handed), [_int32(_filled(units, room, 0)), _int32(joined), *walks]
-
-
-def _filled(rows: Array, room: int, value: int) -> Array:
-    more = max(0, room - len(rows))
-    return np.concatenate([rows, np.full((more, *rows.shape[1:]), value)]) if more else rows
+    joined = filled(_int32(paths.joined), room if len(paths.joined) else 0, -1)
+    return (checkpoints, 0, handed), [filled(_int32(units), room, 0), joined, *walks]
 
 
 def _go_in_families(segments: Segments, blocks: int, device: torch.device) -> bool:
@@ -274,11 +267,11 @@ def _go_in_families(segments: Segments, blocks: int, device: torch.device) -> bo
         whole = _cut(segments, LONGEST_PIECE)
         families, saved = _families(whole, False).all.tokens(whole), 0.0
         for kernel, pace in PACE.items():
-            held, pieces = _held(kernel, device), _pieces(segments, blocks, kernel, device)
+            running, pieces = held(HELD[kernel], device), _pieces(segments, blocks, kernel, device)
             is_head, is_tail = _has_child(pieces), pieces.parent >= 0
             again = pieces.length[is_head if kernel == "scan_forward" else is_tail]
-            saved += pace.time(pieces.length, blocks, held) - pace.time(families, blocks, held)
-            saved += PACE_FROM_ZERO[kernel].time(again, blocks, held) + JOINING[kernel] * (is_head | is_tail).sum()
+            saved += pace.time(pieces.length, blocks, running) - pace.time(families, blocks, running)
+            saved += PACE_FROM_ZERO[kernel].time(again, blocks, running) + JOINING[kernel] * (is_head | is_tail).sum()
         segments.memo[key] = saved >= 0
     return bool(segments.memo[key])
 
@@ -331,14 +324,14 @@ def _up(x: int, multiple: int) -> int:
     return max(multiple, -(-x // multiple) * multiple)
 
 
-def _walk(groups: _Groups, tokens: Array, blocks: int, held: int, room: int) -> tuple[Array, Array]:
+def _walk(groups: _Groups, tokens: Array, blocks: int, running: int, room: int) -> tuple[Tensor, Tensor]:
     """Spread groups of units over items, longest first to the item with the fewest tokens; as in `Walk`.
 
     room: units that the tables are to have room for, and items with them; 0 for no more than there are.
     """
-    count = most = max(1, -(-4 * held // blocks))
+    count = most = max(1, -(-4 * running // blocks))
     # Where all blocks run at a time the device spreads them evenly, and must count few that have nothing to do.
-    if not room or len(tokens) * blocks < held:
+    if not room or len(tokens) * blocks < running:
         few = len(tokens) <= 8 or not room
         count = min(most, len(tokens) if few else _up(len(tokens), 4))
     order = np.argsort(-tokens, kind="stable")
@@ -359,4 +352,4 @@ def _walk(groups: _Groups, tokens: Array, blocks: int, held: int, room: int) -> 
         groups.starts[by_item] - (ends - sizes[by_item]), sizes[by_item]
     )
     listed = groups.units[at]
-    return np.append(0, units.cumsum()), _filled(listed, room if len(listed) else 0, 0)
+    return _int32(np.append(0, units.cumsum())), filled(_int32(listed), room if len(listed) else 0, 0)

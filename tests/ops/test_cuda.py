@@ -38,6 +38,7 @@ from tests.ops.test_ops import (
     added_and_normed,
     assert_same,
     conv_inputs,
+    go_in_families,
     one_step_is_the_ops,
     outputs_and_gradients,
     relative_error,
@@ -59,10 +60,6 @@ def emulation(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     emulated.install(monkeypatch, built)
     yield
     emulated.forget()
-
-
-def go_in_families(monkeypatch: pytest.MonkeyPatch, whether: bool) -> None:
-    monkeypatch.setattr(scan_plan, "JOINING", dict.fromkeys(scan_plan.HELD, 1e9 if whether else -1e9))
 
 
 @pytest.fixture(params=["whole segments", "pieces", "families"])

@@ -30,6 +30,7 @@ from tests.ops.test_ops import (
     added_and_normed,
     assert_same,
     conv_inputs,
+    go_in_families,
     one_step_is_the_ops,
     outputs_and_gradients,
     relative_error,
@@ -119,7 +120,7 @@ def test_scan_cut_into_pieces(shift: float) -> None:
 def test_scan_of_trees_by_one_block_and_by_many(
     families: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan_plan, "JOINING", dict.fromkeys(scan_plan.HELD, 1e9 if families else -1e9))
+    go_in_families(monkeypatch, families)
     lengths, parent = [300, 40, 70, 5, 33, 100, 9, 64, 200], [-1, 0, 0, 1, 1, -1, 5, 5, 5]
     segments, inputs = Segments.from_lengths(lengths, parent), scan_inputs(sum(lengths), 9, dtype, D=200, N=16)
     options: dict[str, Any] = {"segments": segments, "delta_softplus": True}

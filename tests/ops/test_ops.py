@@ -17,6 +17,7 @@ from mambalign.ops import (
     causal_conv1d,
     cuda_decode,
     rms_norm,
+    scan_plan,
     selective_scan,
     ssd,
     token_logps,
@@ -125,6 +126,11 @@ def ssd_inputs(T: int, S: int, dtype: torch.dtype, H: int = 4, P: int = 3, G: in
         "dt_bias": random(H, dtype=state),
         "initial_state": random(S, H, P, N, dtype=state),
     }
+
+
+def go_in_families(monkeypatch: pytest.MonkeyPatch, whether: bool) -> None:
+    """How a GPU walks trees: by one block each, or all segments at a time."""
+    monkeypatch.setattr(scan_plan, "JOINING", dict.fromkeys(scan_plan.HELD, 1e9 if whether else -1e9))
 
 
 def conv_inputs(T: int, S: int, dtype: torch.dtype, D: int = 5, W: int = 4) -> dict[str, Tensor]:
