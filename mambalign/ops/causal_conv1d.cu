@@ -1,14 +1,16 @@
 // Depthwise causal convolution on a GPU, forward and backward: see ops/cuda_conv.py.
 //
 // Bound by memory: a thread owns VEC neighbouring channels and walks a run of tokens of one segment with the window in
-// registers, so every input is read once, but for W - 1 rows around each run. The next GROUP tokens are on their way
-// while these are worked on, and stay as they are stored until then: a number is widened where it is used, since that is
-// where a thread waits for it.
+// registers, so every input is read once, but for W - 1 rows around each run. The next AHEAD rows are on their way to
+// shared memory while these are worked on. Loads to registers would do no better than the next few: the compiler waits
+// for all that are on their way at the end of a turn of a loop.
 //
 // Compiled for one element type (IO as in scalars.cuh), that of weight and bias (W_IO), number of taps W, vector width VEC
-// (4 or 1), with or without the activation (SILU), for THREADS a block.
+// (4 or 1), with or without the activation (SILU), for THREADS a block, BLOCKS of these a multiprocessor.
 
-#define GROUP 4  // tokens whose loads are in flight together
+#define GROUP 4            // tokens of a turn of the loops
+#define BATCH 2            // tokens whose rows are waited for together
+#define AHEAD (2 * GROUP)  // tokens whose rows are on their way
 
 typedef Scalar<W_IO>::type w_io;
 
@@ -54,6 +56,8 @@ __device__ __forceinline__ Row numbers(const Pack& pack) { return Row{{widen(pac
 __device__ __forceinline__ Pack stored(const Row& row) { return Pack{{narrow(row.v[0])}}; }
 #endif
 
+__device__ __forceinline__ Pack load_pack(const io* from, bool there) { return there ? *(const Pack*)from : Pack{}; }
+
 #define EACH(i) _Pragma("unroll") for (int i = 0; i < VEC; ++i)
 
 __device__ __forceinline__ Row load_floats(const float* from) {
@@ -85,20 +89,23 @@ __device__ __forceinline__ Taps load_taps(const Params& p, int channel) {
   return taps;
 }
 
-// The input `distance` tokens before the run's first one, on its path.
-__device__ __forceinline__ Row before(const Params& p, const Run& run, int distance, int channel) {
-  i64 row = run.begin - distance;
-  if (distance > run.offset) {
-    row = p.windows[run.segment * (W - 1) + (W - 1) - (distance - run.offset)];
-    if (row < 0) return p.initial ? load_floats(p.initial + (-1 - row) * ROW_LENGTH(p) + channel) : Row{};
-  }
-  return numbers(*(const Pack*)(p.x + row * STRIDE(p, x) + channel));
-}
-
-// The W inputs that the last of them is convolved with, before the first token of a run.
+// The W inputs that the last of them is convolved with, before the first token of a run. No load waits for another.
 __device__ __forceinline__ void load_window(Row (&window)[W], const Params& p, const Run& run, int channel) {
+  i64 rows[W];
+  Pack packs[W];
 #pragma unroll
-  for (int k = 0; k + 1 < W; ++k) window[k + 1] = before(p, run, W - 1 - k, channel);
+  for (int k = 1; k < W; ++k) {
+    const int distance = W - k;  // to the run's first token, on its path
+    rows[k] = run.begin - distance;
+    if (distance > run.offset) rows[k] = p.windows[run.segment * (W - 1) + (W - 1) - (distance - run.offset)];
+  }
+#pragma unroll
+  for (int k = 1; k < W; ++k) packs[k] = load_pack(p.x + rows[k] * STRIDE(p, x) + channel, rows[k] >= 0);
+#pragma unroll
+  for (int k = 1; k < W; ++k) {
+    window[k] = numbers(packs[k]);
+    if (rows[k] < 0 && p.initial) window[k] = load_floats(p.initial + (-1 - rows[k]) * ROW_LENGTH(p) + channel);
+  }
 }
 
 __device__ __forceinline__ Row convolve(const Taps& taps, const Row (&window)[W]) {
@@ -115,113 +122,153 @@ __device__ __forceinline__ void shift(Row (&rows)[W], const Row& last) {
   rows[W - 1] = last;
 }
 
-// The next GROUP rows, as they are stored; zeros for rows that are not there.
-struct Group {
-  Pack row[GROUP];
+// Rows of a tensor on their way to the threads of a block. A thread reads what it has sent for itself: none waits for
+// another. Row t is in place t % AHEAD.
+typedef Pack Ring[AHEAD][THREADS];
+
+struct Batch {
+  Pack row[BATCH];
 };
 
-__device__ __forceinline__ Pack load_pack(const io* from, bool there) { return there ? *(const Pack*)from : Pack{}; }
-
-__device__ __forceinline__ Group load_group(const io* from, int stride, int left) {
-  Group group;
+// Sends for a batch, `rows` on from `from`; zeros for those that are not among the first `left`.
+__device__ __forceinline__ void send_for(Ring& ring, int place, const io* from, int stride, int rows, int left) {
 #pragma unroll
-  for (int j = 0; j < GROUP; ++j) group.row[j] = load_pack(from + j * stride, j < left);
-  return group;
+  for (int j = 0; j < BATCH; ++j)
+    send(&ring[place + j][threadIdx.x], (const Pack*)(from + (rows + j) * stride), rows + j < left);
 }
 
-// Row j of a group, whose place is taken by the row GROUP further on.
-__device__ __forceinline__ Row take(Group& group, int j, const io* further, bool there) {
-  const Row row = numbers(group.row[j]);
-  group.row[j] = load_pack(further, there);
-  return row;
+__device__ __forceinline__ Batch take(const Ring& ring, int place) {
+  Batch batch;
+#pragma unroll
+  for (int j = 0; j < BATCH; ++j) batch.row[j] = ring[place + j][threadIdx.x];
+  return batch;
 }
+
+// Until the oldest of the batches that are on their way is there.
+__device__ __forceinline__ void wait_for_batch() { all_but<AHEAD / BATCH - 1>(); }
 
 // Where the rows of a run begin.
 #define FROM(name) (p.name + (i64)run.begin * STRIDE(p, name) + channel)
 
-// Outputs of GROUP tokens, `left` of which (ALL: those, and as many more) are the run's.
+// Outputs of GROUP tokens, `left` of which (ALL: all) are the run's. Their rows begin at `place` of the ring.
 template <bool ALL>
-__device__ __forceinline__ void forward_group(const Params& p, const Taps& taps, Row (&window)[W], Group& next, const io* from, io* to,
-                                              int left) {
+__device__ __forceinline__ void forward_group(const Params& p, const Taps& taps, Row (&window)[W], Ring& ring, int place,
+                                              const io* from, io* to, int left) {
 #pragma unroll
-  for (int j = 0; j < GROUP; ++j) {
-    shift(window, take(next, j, from + (GROUP + j) * STRIDE(p, x), ALL || GROUP + j < left));
-    Row y = convolve(taps, window);
-    if (SILU) EACH(i) y.v[i] *= sigmoid(y.v[i]);
-    if (ALL || j < left) *(Pack*)(to + j * ROW_LENGTH(p)) = stored(y);
+  for (int b = 0; b < GROUP; b += BATCH) {
+    wait_for_batch();
+    const Batch x = take(ring, place + b);
+    send_for(ring, place + b, from, STRIDE(p, x), AHEAD + b, left);
+    end_batch();
+#pragma unroll
+    for (int j = b; j < b + BATCH; ++j) {
+      shift(window, numbers(x.row[j - b]));
+      Row y = convolve(taps, window);
+      if (SILU) EACH(i) y.v[i] *= sigmoid(y.v[i]);
+      if (ALL || j < left) *(Pack*)(to + j * ROW_LENGTH(p)) = stored(y);
+    }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(const Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2 * BLOCKS) conv_forward(const Params p) {
+  __shared__ Ring ring;
   const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
   if (channel >= ROW_LENGTH(p)) return;
   const Run run = p.runs[blockIdx.x];
   if (run.length == 0) return;
   const io* from = FROM(x);
   io* to = p.y + (i64)run.begin * ROW_LENGTH(p) + channel;
-  Group next = load_group(from, STRIDE(p, x), run.length);
+#pragma unroll
+  for (int b = 0; b < AHEAD; b += BATCH) send_for(ring, b, from, STRIDE(p, x), b, run.length), end_batch();
   const Taps taps = load_taps(p, channel);
   Row window[W];
   load_window(window, p, run, channel);
+  int place = 0;
   for (int left = run.length; left > 0; left -= GROUP) {
-    if (left >= 2 * GROUP)
-      forward_group<true>(p, taps, window, next, from, to, left);
+    if (left >= GROUP)
+      forward_group<true>(p, taps, window, ring, place, from, to, left);
     else
-      forward_group<false>(p, taps, window, next, from, to, left);
-    from += GROUP * STRIDE(p, x), to += GROUP * ROW_LENGTH(p);
+      forward_group<false>(p, taps, window, ring, place, from, to, left);
+    from += GROUP * STRIDE(p, x), to += GROUP * ROW_LENGTH(p), place ^= GROUP;
   }
 }
+
+struct Rings {
+  Ring x, d_y, d_y_again;
+};
 
 // What a thread carries from token to token on its way through a run, from where it reads and to where it writes.
 struct Backward {
   Taps taps, d_taps;
   Row window[W], d_pre[W];  // d_pre: gradients of the last W outputs before their activation
-  Group x, d_y, d_y_again;
   const io *from_x, *from_d, *from_again;
   io* to;
+  int place;
 };
 
-// The GROUP tokens from t on (counted from the run's first). The gradient of an input is whole when the last output that
-// saw it has been: that of token t + j - (W - 1) is written with token t + j. INSIDE says that all of these are the run's,
-// and GROUP more are there to be read.
+// Sends for a batch, `rows` on from where a thread is; zeros past the segment's end, `left` rows on.
+__device__ __forceinline__ void send_for(const Params& p, const Backward& at, Rings& rings, int place, int rows, int left) {
+  send_for(rings.x, place, at.from_x, STRIDE(p, x), rows, left);
+  send_for(rings.d_y, place, at.from_d, STRIDE(p, d_y), rows, left);
+  send_for(rings.d_y_again, place, at.from_again, STRIDE(p, d_y_again), rows, p.d_y_again ? left : 0);
+  end_batch();
+}
+
+// The token j tokens on from where a thread is, `token` of the run, whose inputs are the first three. The gradient of an
+// input is whole when the last output that saw it has been: that of token - (W - 1) is written with it. INSIDE says that
+// both are the run's.
 template <bool INSIDE>
-__device__ __forceinline__ void backward_group(const Params& p, Backward& at, const Run& run, int t, int end, int channel) {
-#pragma unroll
-  for (int j = 0; j < GROUP; ++j) {
-    const bool there = INSIDE || t + GROUP + j < end;
-    shift(at.window, take(at.x, j, at.from_x + (GROUP + j) * STRIDE(p, x), there));
-    Row d = take(at.d_y, j, at.from_d + (GROUP + j) * STRIDE(p, d_y), there);  // zero past the segment's end
-    const Row again = take(at.d_y_again, j, at.from_again + (GROUP + j) * STRIDE(p, d_y_again), at.from_again && there);
-    EACH(i) d.v[i] += again.v[i];
-    if (SILU) {
-      const Row pre = convolve(at.taps, at.window);
-      EACH(i) {
-        const float gate = sigmoid(pre.v[i]);
-        d.v[i] *= gate * (1.f + pre.v[i] * (1.f - gate));
-      }
+__device__ __forceinline__ void backward_token(const Params& p, Backward& at, const Run& run, const Pack& x, const Pack& d_y,
+                                               const Pack& d_y_again, int j, int token, int channel) {
+  shift(at.window, numbers(x));
+  Row d = numbers(d_y);
+  const Row again = numbers(d_y_again);
+  EACH(i) d.v[i] += again.v[i];
+  if (SILU) {
+    const Row pre = convolve(at.taps, at.window);
+    EACH(i) {  // gate (1 + pre (1 - gate)) is the slope
+      const float gate = sigmoid(pre.v[i]), part = d.v[i] * gate;
+      d.v[i] = part + part * (pre.v[i] - pre.v[i] * gate);
     }
-    shift(at.d_pre, d);
-    if (INSIDE || t + j < run.length) {
-#pragma unroll
-      for (int k = 0; k < W; ++k)
-        EACH(i) at.d_taps.tap[k].v[i] += d.v[i] * at.window[k].v[i];
-      EACH(i) at.d_taps.bias.v[i] += d.v[i];
-    }
-    // d_pre[k] is the gradient of the output k tokens after the input, which saw it through tap W - 1 - k.
-    Row d_x = Row{};
+  }
+  shift(at.d_pre, d);
+  if (INSIDE || token < run.length) {
 #pragma unroll
     for (int k = 0; k < W; ++k)
-      EACH(i) d_x.v[i] += at.d_pre[k].v[i] * at.taps.tap[W - 1 - k].v[i];
-    const int token = t + j - (W - 1);
-    if (INSIDE || (token >= 0 && token < run.length))
-      *(Pack*)(at.to + j * STRIDE(p, d_x)) = stored(d_x);
-    else if (token < 0 && run.offset == 0)
-      store_floats(p.d_windows + (i64)(run.segment * (W - 1) + t + j) * ROW_LENGTH(p) + channel, d_x);
+      EACH(i) at.d_taps.tap[k].v[i] += d.v[i] * at.window[k].v[i];
+    EACH(i) at.d_taps.bias.v[i] += d.v[i];
+  }
+  // d_pre[k] is the gradient of the output k tokens after the input, which saw it through tap W - 1 - k.
+  Row d_x = Row{};
+#pragma unroll
+  for (int k = 0; k < W; ++k)
+    EACH(i) d_x.v[i] += at.d_pre[k].v[i] * at.taps.tap[W - 1 - k].v[i];
+  const int input = token - (W - 1);
+  if (INSIDE || (input >= 0 && input < run.length))
+    *(Pack*)(at.to + j * STRIDE(p, d_x)) = stored(d_x);
+  else if (input < 0 && run.offset == 0)
+    store_floats(p.d_windows + (i64)(run.segment * (W - 1) + token) * ROW_LENGTH(p) + channel, d_x);
+}
+
+// The GROUP tokens from t on, counted from the run's first.
+template <bool INSIDE>
+__device__ __forceinline__ void backward_group(const Params& p, Backward& at, Rings& rings, const Run& run, int t, int end,
+                                               int channel) {
+#pragma unroll
+  for (int b = 0; b < GROUP; b += BATCH) {
+    wait_for_batch();
+    const Batch x = take(rings.x, at.place + b), d_y = take(rings.d_y, at.place + b);
+    const Batch again = take(rings.d_y_again, at.place + b);
+    send_for(p, at, rings, at.place + b, AHEAD + b, end - t);
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j)
+      backward_token<INSIDE>(p, at, run, x.row[j], d_y.row[j], again.row[j], b + j, t + b + j, channel);
   }
 }
 
 // Walks the run and W - 1 tokens on.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(const Params p) {
+  __shared__ Rings rings;
   const int channel = (blockIdx.y * THREADS + threadIdx.x) * VEC;
   if (channel >= ROW_LENGTH(p)) return;
   const Run run = p.runs[blockIdx.x];
@@ -233,21 +280,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(cons
   }
   const int last = run.length + W - 1, end = min(last, run.end - run.begin);
   Backward at;
-  at.from_x = FROM(x), at.from_d = FROM(d_y), at.from_again = p.d_y_again ? FROM(d_y_again) : 0;
-  at.to = p.d_x + (i64)(run.begin - (W - 1)) * STRIDE(p, d_x) + channel;
-  at.x = load_group(at.from_x, STRIDE(p, x), end), at.d_y = load_group(at.from_d, STRIDE(p, d_y), end);
-  at.d_y_again = load_group(at.from_again, STRIDE(p, d_y_again), at.from_again ? end : 0);
+  at.from_x = FROM(x), at.from_d = FROM(d_y), at.from_again = p.d_y_again ? FROM(d_y_again) : at.from_d;
+  at.to = p.d_x + (i64)(run.begin - (W - 1)) * STRIDE(p, d_x) + channel, at.place = 0;
+#pragma unroll
+  for (int b = 0; b < AHEAD; b += BATCH) send_for(p, at, rings, b, b, end);
   at.taps = load_taps(p, channel), at.d_taps = Taps{};
 #pragma unroll
   for (int k = 0; k < W; ++k) at.d_pre[k] = Row{};
   load_window(at.window, p, run, channel);
   for (int t = 0; t < last; t += GROUP) {
-    if (t >= W - 1 && t + GROUP <= run.length && t + 2 * GROUP <= end)
-      backward_group<true>(p, at, run, t, end, channel);
+    if (t >= W - 1 && t + GROUP <= run.length)
+      backward_group<true>(p, at, rings, run, t, end, channel);
     else
-      backward_group<false>(p, at, run, t, end, channel);
+      backward_group<false>(p, at, rings, run, t, end, channel);
     at.from_x += GROUP * STRIDE(p, x), at.from_d += GROUP * STRIDE(p, d_y), at.to += GROUP * STRIDE(p, d_x);
-    if (at.from_again) at.from_again += GROUP * STRIDE(p, d_y_again);
+    at.from_again += GROUP * STRIDE(p, d_y_again), at.place ^= GROUP;
   }
 #pragma unroll
   for (int k = 0; k < W; ++k) store_floats(share + k * ROW_LENGTH(p), at.d_taps.tap[k]);

@@ -1,12 +1,13 @@
 """Causal convolution on a GPU: `causal_conv1d.cu`, its work list, and what crosses forks.
 
-A run of up to 64 tokens of one segment is walked with the window in registers. What lies before a segment (inputs of
+A run of some tokens of one segment is walked with the window in registers. What lies before a segment (inputs of
 its ancestors, or an initial state) is named by a small table, and the gradient for it comes back as a table of the same
 shape, which is then added to the rows it belongs to: several children of one parent in a fixed order, in fp32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,9 @@ from mambalign.ops.nvrtc import IO
 from mambalign.ops.segments import Segments, Tables
 
 SOURCE = Path(__file__).with_name("causal_conv1d.cu")
-RUN = 64  # tokens; the W - 1 around each are read twice, and each leaves its share of the taps' gradients
+# Tokens of a run, at most, where there is little to do and where there is much. The W - 1 around each are read twice,
+# and each leaves its share of the taps' gradients.
+RUN, LONGEST = 64, 256
 THREADS, VECTOR = 128, 4
 WIDEST = 8
 STATIC = True  # compile for the row lengths at hand: addresses then cost no instructions
@@ -51,14 +54,25 @@ class Handed:
     rows: Tensor
 
 
-def plan(segments: Segments, width: int, device: torch.device) -> Plan:
+def plan(segments: Segments, width: int, device: torch.device, run: int = RUN) -> Plan:
     def tables(segments: Segments) -> Tables:
         first = _first(segments, width)
         handed = _handed(first, segments.num_segments * width if segments.fixed else 0)
-        return None, [_runs(segments), first.int(), *handed]
+        return None, [_runs(segments, run), first.int(), *handed]
 
-    made: Plan = segments.plan(("cuda conv", width, str(device)), device, tables, _built)
+    made: Plan = segments.plan(("cuda conv", width, run, str(device)), device, tables, _built)
     return made
+
+
+def _run_length(segments: Segments, channels: int, blocks: int, device: torch.device) -> int:
+    """Tokens of the longest run: so many that all are walked in few whole rounds, `blocks` at once a multiprocessor.
+
+    It depends on numbers alone, as tables of fixed segments must. A segment's last run is half of one on average.
+    """
+    held = blocks * nvrtc.multiprocessors(device) / -(-channels // (THREADS * VECTOR))  # runs of a round
+    tokens, ends = max(segments.num_tokens, 1), segments.num_segments / 2
+    rounds = math.ceil((tokens / LONGEST + ends) / held)
+    return max(RUN, math.ceil(tokens / (held * rounds - ends)))
 
 
 def _built(_: None, runs: Tensor, windows: Tensor, *handed: Tensor) -> Plan:
@@ -98,14 +112,15 @@ def _given(segments: Segments, width: int) -> list[Tensor]:
     return found
 
 
-def _runs(segments: Segments) -> Tensor:
-    count = (segments.lengths + RUN - 1) // RUN
+def _runs(segments: Segments, run: int) -> Tensor:
+    count = (segments.lengths + run - 1) // run
     segment = torch.repeat_interleave(torch.arange(segments.num_segments), count)
     number = torch.arange(segment.numel()) - torch.repeat_interleave(count.cumsum(0) - count, count)
-    begin, end = segments.cu_seqlens[segment] + number * RUN, segments.cu_seqlens[segment + 1]
-    length = torch.minimum(end - begin, torch.tensor(RUN))
-    runs = torch.stack([begin, length, segment, number * RUN, end], dim=1).int()
-    room = segments.num_segments + segments.num_tokens // RUN if segments.fixed else 0
+    offset = number * ((segments.lengths + count - 1) // count.clamp(min=1))[segment]  # runs of a segment are alike
+    begin, end = segments.cu_seqlens[segment] + offset, segments.cu_seqlens[segment + 1]
+    after = torch.cat([begin[1:], end[-1:]])
+    runs = torch.stack([begin, torch.minimum(after, end) - begin, segment, offset, end], dim=1).int()
+    room = segments.num_segments + segments.num_tokens // run if segments.fixed else 0
     return filled(runs, room, 0)
 
 
@@ -144,7 +159,8 @@ class CausalConv1d(torch.autograd.Function):
         output_final_state: bool,
         joint: JointGradient | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        chart = plan(segments, weight.shape[1] - 1, x.device)
+        run = _run_length(segments, x.shape[1], _blocks(weight.shape[1]), x.device)
+        chart = plan(segments, weight.shape[1] - 1, x.device, run)
         initial = _initial(initial_state)
         ctx.prepared = _prepared(weight, bias, chart)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -255,13 +271,17 @@ def _compiled(
     device: torch.device,
 ) -> Any:
     macros = {"IO": IO[dtype], "W_IO": IO[weight_dtype], "W": width, "VEC": vector}
-    # Blocks to a multiprocessor, by registers: 128 a thread for the usual four taps of 16 bits.
-    blocks = 1 if width > 4 else 4 if dtype.itemsize == 2 else 3
-    macros |= {"SILU": int(activation == "silu"), "THREADS": THREADS, "BLOCKS": blocks}
+    macros |= {"SILU": int(activation == "silu"), "THREADS": THREADS, "BLOCKS": _blocks(width)}
+    macros["CARVEOUT"] = 44 if dtype.itemsize == 2 else 100  # four blocks share it; the rest is cache
     if static:
         names = ("WIDTH", "x", "d_y", "d_y_again", "d_x")
         macros |= {"STATIC": 1} | {f"STATIC_{name}": n for name, n in zip(names, static, strict=True)}
     return module(tuple(macros.items()), device)
+
+
+def _blocks(width: int) -> int:
+    """To a multiprocessor, by registers: 128 a thread for the usual four taps. Forwards twice as many."""
+    return 1 if width > 4 else 4
 
 
 def _launch(kernels: Any, kernel: str, values: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ class _Problem:
     def sum_BC(self, values: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """dB and dC `[T, N]` from the shares of all blocks."""
         d_B, d_C = torch.empty(2, self.T, STATES, dtype=self.dtype, device=self.device).unbind(0)
-        self._module.launch("sum_BC", (-(-self.T * 8 // 128), 1), 128, values | {"d_B": d_B, "d_C": d_C})
+        self._module.launch("sum_BC", (-(-self.T * 8 // 32), 1), nvrtc.SUMMERS, values | {"d_B": d_B, "d_C": d_C})
         return d_B[:, : self.N], d_C[:, : self.N]
 
 

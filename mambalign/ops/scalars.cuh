@@ -42,7 +42,30 @@ __device__ __forceinline__ float4 mma_tf32(float a0, float a1, float a2, float a
   return d;
 }
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// What is read once, and is not to stay in the caches.
+__device__ __forceinline__ float read_once(const float* from) {
+  float x;
+  asm("ld.global.cs.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  return x;
+}
+__device__ __forceinline__ float4 read_once(const float4* from) {
+  float4 x;
+  asm("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from));
+  return x;
+}
 __device__ __forceinline__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+// A copy to shared memory, of zeros if it is not `there`, that its thread does not wait for. Copies go in batches: after
+// `all_but<COUNT>` no more than the last COUNT are on their way. (16 bits alone are copied at once.)
+template <class T>
+__device__ __forceinline__ void send(T* to, const T* from, bool there) {
+  if constexpr (sizeof(T) < 4)
+    *to = there ? *from : T{};
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
+                 "n"(sizeof(T)), "r"(there ? (int)sizeof(T) : 0) : "memory");
+}
+__device__ __forceinline__ void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int COUNT> __device__ __forceinline__ void all_but() { asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory"); }
 // What blocks of one launch tell each other: a number that no other gets; a flag that is set, and waited for. All that a
 // block has written and published before it sets a flag is there for one that has waited for it.
 __device__ __forceinline__ int take(int* next) { return atomicAdd(next, 1); }
@@ -151,21 +174,22 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// The sum of every `stride`-th number from `from` on, `rows` of them, by a block of SUMMERS warps in a fixed order: a lane
-// has its own column, which may not exist, and every warp a share of the rows.
+// The sum of every `stride`-th number (or four) from `from` on, `rows` of them, by a block of SUMMERS warps in a fixed
+// order: a lane has its own column, which may not exist, and every warp a share of the rows.
 #define SUMMERS 8
-__device__ __forceinline__ float sum_rows(const float* from, i64 rows, i64 stride, bool exists) {
-  __shared__ float parts[SUMMERS][32];
+template <class T>
+__device__ __forceinline__ T sum_rows(const T* from, i64 rows, i64 stride, bool exists) {
+  __shared__ T parts[SUMMERS][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float sum = 0.f;
+  T sum = T{};
   if (exists)
-#pragma unroll 8
-    for (i64 r = warp; r < rows; r += SUMMERS) sum += from[r * stride];
+#pragma unroll 10
+    for (i64 r = warp; r < rows; r += SUMMERS) sum = sum + read_once(from + r * stride);
   parts[warp][lane] = sum;
   __syncthreads();
-  sum = 0.f;
+  sum = T{};
 #pragma unroll
-  for (int w = 0; w < SUMMERS; ++w) sum += parts[w][lane];
+  for (int w = 0; w < SUMMERS; ++w) sum = sum + parts[w][lane];
   return sum;
 }
 

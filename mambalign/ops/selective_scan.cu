@@ -692,13 +692,11 @@ __device__ __forceinline__ void walk_backward(const Params& p, int index) {
   }
 }
 
-// dB and dC from those of every block, in a fixed order. One thread a (token, float4).
-extern "C" __global__ void sum_BC(const Params p) {
-  const i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x, all = p.num_tokens * 8;
-  if (i >= all) return;
-  float4 total = p.d_BC[i];
-#pragma unroll 8
-  for (int block = 1; block < p.num_blocks; ++block) total = total + p.d_BC[block * all + i];
+// dB and dC from those of every block of channels. A column is a float4 of a token.
+extern "C" __global__ void __launch_bounds__(32 * SUMMERS) sum_BC(const Params p) {
+  const i64 i = blockIdx.x * 32ll + threadIdx.x % 32, all = p.num_tokens * 8;
+  const float4 total = sum_rows(p.d_BC + i, p.num_blocks, all, i < all);
+  if (threadIdx.x >= 32 || i >= all) return;
   const i64 to = i / 8 * N + i % 8 * 2;  // of half i / 4 % 2, states 2 (i % 4) and the next
   p.d_B[to] = narrow(total.x), p.d_B[to + 1] = narrow(total.y);
   p.d_C[to] = narrow(total.z), p.d_C[to + 1] = narrow(total.w);

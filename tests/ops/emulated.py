@@ -87,6 +87,28 @@ static float4 mma_tf32(float a0, float a1, float a2, float a3, float b0, float b
   return {d[0], d[1], d[2], d[3]};
 }
 static void prefetch(const void*) {}
+template <class T> static T read_once(const T* from) { return *from; }
+// What a lane has sent and not waited for is there at once or, where the last lane comes first, as late as can be.
+extern "C" int backwards;
+struct Copy { void* to; const void* from; unsigned size; };  // without a size: the end of a batch
+static std::vector<Copy> sent[1024];
+static void arrive(const Copy& copy) {
+  if (copy.from) memcpy(copy.to, copy.from, copy.size); else memset(copy.to, 0, copy.size);
+}
+template <class T> static void send(T* to, const T* from, bool there) {
+  const Copy copy = {to, there ? from : nullptr, sizeof(T)};
+  if (backwards) sent[threadIdx.x].push_back(copy); else arrive(copy);
+}
+static void end_batch() { sent[threadIdx.x].push_back({}); }
+template <int COUNT> static void all_but() {
+  std::vector<Copy>& mine = sent[threadIdx.x];
+  int batches = 0;
+  for (const Copy& copy : mine) batches += !copy.size;
+  while (batches > COUNT) {
+    if (mine[0].size) arrive(mine[0]); else --batches;
+    mine.erase(mine.begin());
+  }
+}
 static int take(int* next) { return (*next)++; }
 static void publish() {}
 static void announce(int* flag) { *flag = 1; }
@@ -114,7 +136,7 @@ static void lane_main() {
   kernel(params);
   places[threadIdx.x] = DONE;
 }
-extern "C" int backwards = 0;
+int backwards = 0;
 // Lanes `first ... last` up to a barrier of their block, or their end; false where they part ways.
 static bool run_warp(int first, int last) {
   do {
@@ -136,7 +158,7 @@ extern "C" int launch(void (*what)(const Params), const Params* with, int gx, in
     for (int x = 0; x < gx; ++x) {
       blockIdx = {(unsigned)x, (unsigned)y, 0};
       for (int t = 0; t < threads; ++t) {
-        stacks[t].resize(1 << 16), turns[t] = 0;
+        stacks[t].resize(1 << 16), turns[t] = 0, sent[t].clear();
         getcontext(&lanes[t]);
         lanes[t].uc_stack.ss_sp = stacks[t].data(), lanes[t].uc_stack.ss_size = stacks[t].size();
         lanes[t].uc_link = &scheduler;
@@ -191,6 +213,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_scan, "STATIC", False)  # one build for all shapes
     monkeypatch.setattr(cuda_conv, "STATIC", False)
+    monkeypatch.setattr(cuda_conv, "LONGEST", cuda_conv.RUN)  # segments of several runs
     forget()
 
 
