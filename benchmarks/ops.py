@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mambalign.bench.measure import DEVICE, free_memory
 from mambalign.bench.ops import Cases, Contestant, channels_last, check, measure, rows_first
-from mambalign.ops import Segments, causal_conv1d, rms_norm, token_logps
+from mambalign.ops import Segments, add_rms_norm, causal_conv1d, embedding, token_logps
 
 BF16 = torch.bfloat16
 ROWS = [(8, 5120, 2048), (16, 1536, 2048), (1, 5120, 16384), (1, 5120, 65536)]  # batch, channels, length
@@ -51,19 +51,22 @@ def conv(batch: int, channels: int, length: int, dtype: torch.dtype = BF16, segm
     return cases
 
 
-def head(tokens: int, width: int, dtype: torch.dtype = BF16, vocabulary: int = VOCABULARY) -> Cases:
+def head(
+    tokens: int, width: int, dtype: torch.dtype = BF16, vocabulary: int = VOCABULARY, summed: bool = False
+) -> Cases:
+    """Log-probs of labels one by one, as in DPO; or where only their sum matters, as in SFT."""
     labels = torch.randint(vocabulary, (tokens,), device=DEVICE)
     given = {
         "hidden": torch.randn(tokens, width, device=DEVICE, dtype=dtype, requires_grad=True),
         "weight": (torch.randn(vocabulary, width, device=DEVICE) * 0.02).to(dtype).requires_grad_(),
     }
-    d_logps = torch.rand(tokens, device=DEVICE) + 0.5
+    d_logps = torch.ones(1, device=DEVICE).expand(tokens) if summed else torch.rand(tokens, device=DEVICE) + 0.5
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
         return -F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
 
     return {
-        "ours": Contestant(partial(token_logps, labels=labels), given, (d_logps,)),
+        "ours": Contestant(partial(token_logps, labels=labels, summed=summed), given, (d_logps,)),
         "PyTorch": Contestant(plain, given, (d_logps,)),
     }
 
@@ -81,8 +84,7 @@ def norm(tokens: int, width: int, dtype: torch.dtype = BF16) -> Cases:
     )
 
     def ours(x: Tensor, residual: Tensor, weight: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-        total = residual + x
-        return rms_norm(total, weight, 1e-5, x.dtype, backend), total
+        return add_rms_norm(x, residual, weight, 1e-5, x.dtype, backend=backend)
 
     cases = {"ours": Contestant(ours, given, d_outputs)}
     try:
@@ -94,6 +96,15 @@ def norm(tokens: int, width: int, dtype: torch.dtype = BF16) -> Cases:
     return cases
 
 
+def table(tokens: int, width: int, dtype: torch.dtype = BF16, vocabulary: int = VOCABULARY) -> Cases:
+    """The embedding, of tokens as uneven as those of text."""
+    ids = (vocabulary ** torch.rand(tokens, device=DEVICE)).long().clamp(max=vocabulary - 1)
+    given = {"weight": torch.randn(vocabulary, width, device=DEVICE, dtype=dtype, requires_grad=True)}
+    d_rows = torch.randn(tokens, width, device=DEVICE, dtype=dtype)
+    ours = Contestant(lambda weight, backend="auto": embedding(ids, weight, backend), given, (d_rows,))
+    return {"ours": ours, "PyTorch": Contestant(partial(F.embedding, ids), given, (d_rows,))}
+
+
 def check_all(batch: int = 3, channels: int = 256, length: int = 700) -> None:
     """Ours and the peers against float64, ours twice; stops if ours is worse than it may be or does not repeat."""
     odd = batch * length // 100
@@ -102,6 +113,8 @@ def check_all(batch: int = 3, channels: int = 256, length: int = 700) -> None:
         check("conv", conv(batch, channels, length, dtype), dtype)
         check("conv, 100 segments and forks", conv(1, channels, 100 * odd, dtype, tree), dtype)
         check("head", head(length, channels, dtype, 1000), dtype)
+        check("head, summed", head(length, channels, dtype, 1000, summed=True), dtype)
+        check("embedding", table(length, channels, dtype, 1000), dtype)
         check("norm", norm(length, channels, dtype), dtype)
 
 
@@ -120,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         free_memory()
         shape = f"{tokens:,} x {width:,} x {vocabulary:,}"
         rows += measure("token_logps", shape, head(tokens, width, vocabulary=vocabulary), options.repeats)
+        summed = head(tokens, width, vocabulary=vocabulary, summed=True)
+        rows += measure("token_logps, sum", shape, summed, options.repeats)
+        rows += measure("embedding", shape, table(tokens, width, vocabulary=vocabulary), options.repeats)
     for tokens, width in widths:
         free_memory()
         rows += measure("add + rms_norm", f"{tokens:,} x {width:,}", norm(tokens, width), options.repeats)

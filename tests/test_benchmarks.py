@@ -92,7 +92,8 @@ def test_ops(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     script("ops").main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "ops.json")])
     seen = {(row["op"], row["who"]) for row in rows_of(tmp_path / "ops.json")}
     assert {who for op, who in seen if op == "causal_conv1d"} == {"ours", "causal-conv1d"}
-    assert len(seen) == 6
+    ops = {"causal_conv1d", "token_logps", "token_logps, sum", "embedding", "add + rms_norm"}
+    assert len(seen) == 10 and {op for op, _ in seen} == ops
 
 
 @pytest.mark.parametrize(
