@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{len(lacking)} tests skipped for lack of shared data:")
         for reason in sorted(set(lacking)):
             terminalreporter.write_line(f"  {lacking.count(reason)} x {reason.removeprefix('Skipped: ')}")
-    for reason in sorted({reason for reason in reasons if "chromium" in reason}):
+    for reason in sorted({reason for reason in reasons if "chromium" in reason or "CUDA devices" in reason}):
         terminalreporter.write_line(f"{reasons.count(reason)} x {reason.removeprefix('Skipped: ')}")
     if not torch.cuda.is_available():
         terminalreporter.write_line("tests marked gpu: left out, no CUDA device here")

@@ -38,11 +38,11 @@ def _train(stage: str, recipe: str, overrides: list[str], debug: bool) -> None:
     log_to_stderr()
     with user_errors(debug, interrupted="; run the same command again to go on from the newest checkpoint"):
         loaded = mambalign.load_recipe(recipe_path(recipe), overrides, stage=stage)
-        from mambalign.train.processes import leave
+        from mambalign.train.processes import leaving
         from mambalign.train.run import run
 
-        result = run(stage, loaded)
-        leave()
+        with leaving():
+            result = run(stage, loaded)
         if os.environ.get("RANK", "0") == "0":
             done = "was finished before" if result.already_finished else "finished"
             print(f"{done}: {result.global_step} steps; the model is in {result.output_dir}")

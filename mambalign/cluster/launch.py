@@ -37,12 +37,13 @@ class Group:
             output: file for stdout and stderr; None leaves them ours.
         """
         self.received: list[int] = []
+        self._first: list[int] = []  # exit codes of those that failed while nobody had been told to stop for it
         self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
         self.processes: list[subprocess.Popen[bytes]] = []
-        port = _free_port() if count > 1 else 0
+        self._port = _hold_port()
         for rank in range(count):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port.getsockname()[1]}  # fmt: skip
             more = {name: str(value) for name, value in ranks.items()} if count > 1 else {}
             process = subprocess.Popen(
                 command,
@@ -79,9 +80,11 @@ class Group:
                 if deadline is not None and now > deadline:
                     deadline = None
                     self._forward(signal.SIGUSR1)
-                if kill_at is None and any(process.poll() not in (None, 0, EXIT_SAVED) for process in self.processes):
-                    kill_at = now + GRACE
-                    self.signal(signal.SIGTERM)
+                if kill_at is None:
+                    self._first = [code for p in self.processes if (code := p.poll()) not in (None, 0, EXIT_SAVED)]
+                    if self._first:
+                        kill_at = now + GRACE
+                        self.signal(signal.SIGTERM)
                 if kill_at is not None and now > kill_at:
                     self.signal(signal.SIGKILL)
                 time.sleep(0.05)
@@ -89,6 +92,7 @@ class Group:
         finally:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            self._port.close()
         return self._code()
 
     def _code(self) -> int:
@@ -97,10 +101,11 @@ class Group:
         failed = [code for code in codes if code != 0]
         if not failed:
             return 0
-        if any(code in saved for code in failed):
-            # Of a group that was told to stop, some may fail only because the others went away.
-            return EXIT_SAVED if all(code in saved or self.received for code in failed) else _shell_code(failed)
-        return _shell_code(failed)
+        # Of a group that was told to stop, some may fail only because the others went away.
+        if any(code in saved for code in failed) and all(code in saved or self.received for code in failed):
+            return EXIT_SAVED
+        # Others wait for the one that has gone, as NCCL does, and are killed: that is no reason of theirs.
+        return _shell_code(self._first or failed)
 
 
 def _shell_code(codes: Sequence[int]) -> int:
@@ -114,10 +119,13 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _hold_port() -> socket.socket:
+    """A socket with a port for torch to meet at. It is bound and does not listen: so the kernel gives its port to no
+    other program in the seconds until torch, which may use an address again, asks for it by name."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def visible_gpus(env: Mapping[str, str]) -> int:

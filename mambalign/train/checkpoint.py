@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,20 @@ def newest_complete(run: Path) -> Path | None:
     return None
 
 
-def restore_state_types(optimizer: Any, file: Path) -> None:
+def load_optimizer(optimizer: Any, file: Path, *, mapped: bool) -> None:
+    """Load the state that `file` has of a whole model.
+
+    Args:
+        mapped: it will be copied to another device, so that it need not be in this process's memory.
+    """
+    state = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    optimizer.load_state_dict(state)
+    _restore_types(optimizer, state["state"])
+
+
+def _restore_types(optimizer: Any, saved: Mapping[int, Mapping[str, Any]]) -> None:
     """Put back what torch's `load_state_dict` has rounded: it casts a state's numbers to the type of their parameter,
     and Adafactor keeps fp32 ones for 16-bit weights."""
-    if not file.is_file():
-        return
-    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["state"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in saved.items():
         held = optimizer.state[parameters[number]]

@@ -120,12 +120,16 @@ class Preemption:
 
     @contextmanager
     def excusing(self, doing: str) -> Iterator[None]:
-        """What fails in here after a signal failed because of it: helper processes got the signal, too."""
+        """What fails in here after a signal failed because of it: helper processes got the signal, too.
+
+        The next thing that processes do together must be a `check`: where this one failed, it takes part in theirs.
+        """
         try:
             yield
         except Exception as error:
             if self._signal is None:
                 raise
+            self._agree()
             raise Preempted(f"{self._signal.name} came while {doing}") from error
 
     # --- what the trainer tells

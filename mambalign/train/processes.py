@@ -6,14 +6,19 @@ Here it is filled with empty items instead: no row counts twice, and any number 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from mambalign.data.packing import EpochSampler, PackedBatch, PackedRows, collate_sequences
+from mambalign.recipe import UserError
+from mambalign.train.preemption import Preempted
+
+Found = TypeVar("Found")
 
 
 class FilledRows(torch.utils.data.Dataset[list[dict[str, Any]]]):
@@ -61,10 +66,43 @@ def most(mine: int) -> int:
     return int(count)
 
 
+def first_decides(decide: Callable[[], Found]) -> Found:
+    """What the first process finds, in all of them; every process must ask.
+
+    Raises:
+        UserError: the one that the first process met. In all: gloo tells a process that another one has gone, but NCCL
+            lets it wait.
+    """
+    answer: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            answer = [decide()]
+        except UserError as error:
+            answer = [error]
+    found: Any = broadcast_object_list(answer)[0]
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """`leave` behind a run that ends in good order; after an error nobody knows what the others wait for."""
+    try:
+        yield
+    except Preempted:
+        leave()
+        raise
+    leave()
+
+
 def leave() -> None:
-    """Ends this process's part in the run. Without it a process of gloo's may abort when it exits ("terminate called
-    without an active exception"), and torchrun then kills the first one, which may still be writing the model."""
-    if torch.distributed.is_initialized() and "gloo" in torch.distributed.get_backend():
+    """Ends this process's part in the run; with NCCL it waits until those of the same machine come to it, too.
+
+    Without it a process of gloo's may abort when it exits ("terminate called without an active exception"), and
+    torchrun then kills the first one, which may still be writing the model. NCCL's warn.
+    """
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

@@ -19,14 +19,13 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -44,6 +43,7 @@ from mambalign.train.callbacks import METRICS, read_metrics
 from mambalign.train.long_context import StatePassing, StatePassingTrainer, describe
 from mambalign.train.objectives import PreferenceOptions
 from mambalign.train.preemption import Preempted, Preemption
+from mambalign.train.processes import first_decides
 from mambalign.train.reference import cache_key, reference_logps, weights_fingerprint
 from mambalign.train.trainer import (
     Objective,
@@ -98,9 +98,8 @@ def run(stage: str, recipe: Recipe) -> RunResult:
         None if recipe.max_runtime is None else seconds("max_runtime", recipe.max_runtime),
         None if recipe.save_minutes is None else 60 * recipe.save_minutes,
     )
-    with _exclusive(folder), preemption.listening():
-        claimed = [_claim(folder, recipe, stage, args) if args.process_index == 0 else None]
-        finished: RunResult | None = broadcast_object_list(claimed)[0]
+    with ExitStack() as lock, preemption.listening():
+        finished = first_decides(lambda: _claim(folder, recipe, stage, args, lock))
         try:
             return finished or _train(stage, recipe, folder, args, preemption)
         except Preempted as stop:
@@ -134,10 +133,9 @@ def _for_this_many(recipe: Recipe, folder: Path) -> Recipe:
 def _train(stage: str, recipe: Recipe, folder: Path, args: TrainingArguments, preemption: Preemption) -> RunResult:
     objective = _objective(stage, recipe)
     _check_best_metric(recipe, objective)
-    with preemption.excusing("loading"):
-        model, tokenizer, facts, adapters = load_start(recipe, stage)
-        with args.main_process_first(local=False, desc="tokenising"):  # the others read its cache
-            train, evaluation = load_data(recipe, stage, tokenizer)
+    model, tokenizer, facts, adapters = load_start(recipe, stage)
+    with preemption.excusing("loading"), args.main_process_first(local=False):  # the others read its cache
+        train, evaluation = load_data(recipe, stage, tokenizer)
     preemption.check("loading")
     if stage == "reward":
         model.config.reward_inputs = RewardInputs.of(recipe, tokenizer, train).to_dict()
@@ -196,10 +194,7 @@ def _make(folder: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """One process group per run folder: two would overwrite each other's checkpoints."""
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
+    """One process group per run folder: two would overwrite each other's checkpoints. For the first process."""
     with (folder / ".lock").open("w") as file:
         try:
             # Not flock: data workers would inherit it, and outlive a killed run for minutes.
@@ -213,12 +208,13 @@ def _exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def _claim(folder: Path, recipe: Recipe, stage: str, args: TrainingArguments) -> RunResult | None:
-    """Make the folder this recipe's; the result if the run in it is finished.
+def _claim(folder: Path, recipe: Recipe, stage: str, args: TrainingArguments, lock: ExitStack) -> RunResult | None:
+    """Make the folder this recipe's, and nobody else's until `lock` closes; the result if the run in it is finished.
 
     Raises:
-        UserError: it holds a run of another recipe, and `resume` is not "never".
+        UserError: another run is in it, or it holds one of another recipe and `resume` is not "never".
     """
+    lock.enter_context(_exclusive(folder))
     frozen = folder / RECIPE
     if recipe.resume == "never" and frozen.exists():
         _set_aside(folder)
@@ -389,6 +385,9 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         values["dataloader_pin_memory"] = False  # nothing to pin for: every run would warn of it
     elif recipe.dataloader_pin_memory:
         values["accelerator_config"] = {"non_blocking": True}  # else each batch waits for the step before it
+    if not (recipe.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        # Else DDP sorts its buckets anew after a start's first step, and sums of three processes depend on the order.
+        values.setdefault("ddp_find_unused_parameters", True)
     sharding.wanted(recipe, processes=1)
     if recipe.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError(

@@ -150,18 +150,24 @@ def _like(value: Tensor, shard: Any) -> Any:
     return distribute_tensor(value, shard.device_mesh, shard.placements, src_data_rank=None)
 
 
-def whole_state(optimizer: Any) -> dict[str, Any]:
-    """The optimizer's `state_dict` as one process would have it; every process must ask."""
+def whole_state(optimizer: Any, *, here: bool) -> dict[str, Any] | None:
+    """The optimizer's `state_dict` as one process would have it, in the processes that say `here`; every one must ask.
+
+    A tensor at a time is gathered, and the others keep none of them.
+    """
     state: dict[str, Any] = optimizer.state_dict()
     values = {
-        number: {name: _gathered(value) for name, value in sorted(entries.items())}
+        number: {name: _gathered(value, here) for name, value in sorted(entries.items())}
         for number, entries in sorted(state["state"].items())
     }
-    return {**state, "state": values}
+    return {**state, "state": values} if here else None
 
 
-def _gathered(value: Any) -> Any:
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+def _gathered(value: Any, here: bool) -> Any:
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if here else None
 
 
 def load_whole_state(optimizer: Any, state: dict[str, Any]) -> None:

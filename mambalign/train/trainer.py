@@ -514,14 +514,18 @@ class PackedTrainer(Trainer):
         if self.is_world_process_zero():  # the sums are those of all processes
             self._sums, self._totals = saved["sums"], saved["totals"]
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # All gather the shards, but some versions of transformers (5.17) call `_save` in the first process alone.
         with sharding.whole(self.model, here=self.args.should_save):
-            if self.args.should_save:
-                folder = Path(output_dir or self.args.output_dir)
-                if self._staging is None:
-                    self._write(folder, state_dict)
-                else:  # `_stage` raises it: whoever left here would leave the others at transformers' next barrier
-                    self._unsaved = checkpoints.failure_of(lambda: self._write(folder, state_dict))
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if self._staging is None:
+                self._write(folder, state_dict)
+            else:  # `_stage` raises it: whoever left here would leave the others at transformers' next barrier
+                self._unsaved = checkpoints.failure_of(lambda: self._write(folder, state_dict))
 
     def _write(self, folder: Path, state_dict: Any) -> None:
         if self.adapters is None:
@@ -537,20 +541,23 @@ class PackedTrainer(Trainer):
         if not sharding.is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = sharding.whole_state(self.optimizer)
-        if self.args.should_save:
+        state = sharding.whole_state(self.optimizer, here=self.args.should_save)
+        if state is not None:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not sharding.is_sharded(self.model) or checkpoint is None:
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and not self.is_deepspeed_enabled:
-                checkpoints.restore_state_types(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
             return
-        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        sharding.load_whole_state(self.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        file = Path(checkpoint) / OPTIMIZER_NAME
+        if sharding.is_sharded(self.model):
+            sharding.load_whole_state(
+                self.optimizer, torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            )
+        else:  # transformers' own way (5.17) ends in an error on several processes without a GPU
+            checkpoints.load_optimizer(self.optimizer, file, mapped=self.args.device.type != "cpu")
+        self.lr_scheduler.load_state_dict(torch.load(file.with_name(SCHEDULER_NAME), weights_only=True))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # Here the reference pass is over and a checkpoint's weights are loaded, both on the whole model.

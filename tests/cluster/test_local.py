@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mambalign.cluster import attempts, launch, local
 from mambalign.cluster.attempts import Attempts
@@ -174,8 +176,18 @@ def test_several_processes_are_one_group(tmp_path: Path) -> None:
 
 def test_one_that_ignores_everything_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE", 0.3)
-    group = Group(["bash", "-c", "[ $RANK = 0 ] && exit 3; trap '' TERM; while :; do sleep 0.1; done"], 2, os.environ)
-    assert group.wait() == 3
+    for failing in (0, 1):  # whose exit code counts: the other one only waited for it
+        script = f"[ $RANK = {failing} ] && exit 3; trap '' TERM; while :; do sleep 0.1; done"
+        assert Group(["bash", "-c", script], 2, os.environ).wait() == 3
+
+
+def test_the_port_where_processes_meet_is_kept_for_torch() -> None:
+    with launch._hold_port() as held:
+        port = held.getsockname()[1]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        for libuv in (True, False):
+            torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, use_libuv=libuv)
 
 
 def test_a_slice_ends_with_a_save() -> None:

@@ -28,7 +28,7 @@ from mambalign.train.run import load_start, run
 from mambalign.train.trainer import SequenceObjective
 from tests.models.test_mamba import FAMILIES, V, config_of
 from tests.train.conftest import WORDS, history, killed_run, write_jsonl
-from tests.train.test_processes import assert_same_losses, on_two_processes
+from tests.train.test_processes import assert_same_losses, on_processes
 
 Make = Callable[..., Recipe]
 LENGTHS = [5, 13, 7, 1, 25, 6]  # 57 tokens
@@ -381,7 +381,7 @@ def test_two_processes_are_one(changes: dict[str, Any], long: Make, tmp_path: Pa
         global_batch_size=6, gradient_accumulation_steps=None, per_device_train_batch_size=3, max_steps=2
     )
     run("cpt", long(output_dir=str(tmp_path / "one"), **keys))
-    on_two_processes("cpt", long(output_dir=str(tmp_path / "two"), **keys | changes))
+    on_processes("cpt", long(output_dir=str(tmp_path / "two"), **keys | changes))
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 

@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +21,39 @@ from transformers import PreTrainedModel
 
 from mambalign.models import MambaForCausalLM
 from mambalign.recipe import Recipe, UserError
+from mambalign.train import run as module
 from mambalign.train import sharding
 from mambalign.train.preemption import EXIT_CODE, Preempted
-from mambalign.train.processes import FilledRows, FilledSampler, add_up, leave
+from mambalign.train.processes import FilledRows, FilledSampler, add_up, first_decides, leave, leaving
 from mambalign.train.run import run, training_arguments
 from mambalign.train.trainer import PackedTrainer
 from tests.train.conftest import history
 from tests.waiting import PATIENCE
 
 Make = Callable[..., Recipe]
+MISTAKE = 2  # the exit code of a UserError
 
 
 def _rank(
     rank: int,
     port: int,
+    processes: int,
     stage: str,
     values: dict[str, Any],
     stop_at: int | None,
     sabotage: Callable[[int], None] | None,
 ) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
     if rank == 1:  # one that is asked to stop is enough
         _stop_at(stop_at)
     if sabotage is not None:
         sabotage(rank)
-    run(stage, Recipe.from_dict(values))
+    try:
+        run(stage, Recipe.from_dict(values))
+    except UserError:
+        sys.exit(MISTAKE)
 
 
 def _stop_at(step: int | None) -> Any:
@@ -75,21 +83,48 @@ def _full_disk(rank: int) -> None:
         pytest.MonkeyPatch().setattr(PreTrainedModel, "save_pretrained", save_pretrained)
 
 
-def on_two_processes(
-    stage: str, recipe: Recipe, stop_at: int | None = None, sabotage: Callable[[int], None] | None = None
+def _first_saves_alone(_: int) -> None:
+    """As in transformers 5.17, which asks nobody else to `_save`."""
+
+    def save_model(self: Any, output_dir: str, _internal_call: bool) -> None:
+        if self.args.should_save:
+            self._save(output_dir)
+
+    pytest.MonkeyPatch().setattr(transformers.Trainer, "save_model", save_model)
+
+
+def _first_loses_its_helpers(rank: int) -> None:
+    """The signal comes while the first process tokenises, and ends those that help it."""
+
+    def killed(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("one of the subprocesses has abruptly died")
+
+    if rank == 0:
+        pytest.MonkeyPatch().setattr(module, "load_data", killed)
+
+
+def on_processes(
+    stage: str,
+    recipe: Recipe,
+    stop_at: int | None = None,
+    sabotage: Callable[[int], None] | None = None,
+    code: int | None = None,
+    processes: int = 2,
 ) -> None:
     """As torchrun starts them, without its imports: they meet at a store of ours, whose port nobody can take before."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mambalign.train.run"])
-    facts = stage, recipe.to_dict(), stop_at, sabotage
-    ranks = [context.Process(target=_rank, args=(rank, store.port, *facts)) for rank in (0, 1)]
+    facts = store.port, processes, stage, recipe.to_dict(), stop_at, sabotage
+    ranks = [context.Process(target=_rank, args=(rank, *facts)) for rank in range(processes)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(PATIENCE)
         process.kill()
-    assert [process.exitcode for process in ranks] == [0 if stop_at is None else EXIT_CODE] * 2
+    expected = code if code is not None else 0 if stop_at is None else EXIT_CODE
+    assert [process.exitcode for process in ranks] == [expected] * processes
 
 
 def assert_same_losses(one: Path, two: Path) -> None:
@@ -114,7 +149,7 @@ def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_
     one, two = tmp_path / "one", tmp_path / "two"
     run(stage, recipe(stage, output_dir=str(one), **changes))
     shared = recipe(stage, output_dir=str(two), **changes)
-    on_two_processes(stage, shared)
+    on_processes(stage, shared)
     assert_same_losses(one, two)
     for name, expected in load_file(one / "model.safetensors").items():
         assert (expected - load_file(two / "model.safetensors")[name]).abs().max() < 1e-5, name
@@ -123,7 +158,7 @@ def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_
     state = json.loads((two / "run.json").read_text())
     (two / "run.json").write_text(json.dumps(state | {"status": "running"}))
     (two / "checkpoint-8" / "manifest.json").unlink()
-    on_two_processes(stage, shared)
+    on_processes(stage, shared)
     assert history(two) == before
 
 
@@ -149,16 +184,36 @@ def test_the_mean_loss_of_a_run_is_that_of_all_processes(recipe: Make, tmp_path:
     undo = _note_train_loss(rank=0)
     run("sft", recipe("sft", output_dir=str(tmp_path / "one"), **changes))
     undo()
-    on_two_processes("sft", recipe("sft", output_dir=str(tmp_path / "two"), **changes), sabotage=_note_train_loss)
+    on_processes("sft", recipe("sft", output_dir=str(tmp_path / "two"), **changes), sabotage=_note_train_loss)
     one, two = (float((tmp_path / name / "train_loss").read_text()) for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-5)
 
 
-def test_a_process_leaves_its_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("end", "left"), [(None, True), (Preempted("SIGTERM"), True), (RuntimeError("a bug"), False)], ids=repr
+)
+def test_a_process_leaves_its_group(end: BaseException | None, left: bool, tmp_path: Path) -> None:
+    """In good order only: where it has failed, the others wait for something else."""
     leave()  # where there is none
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    with suppress(Preempted, RuntimeError), leaving():
+        if end is not None:
+            raise end
+    assert torch.distributed.is_initialized() != left
     leave()
     assert not torch.distributed.is_initialized()
+
+
+def test_what_the_first_process_refuses_is_refused_by_all(recipe: Make, tmp_path: Path) -> None:
+    """Under NCCL nobody would know that it has gone, and wait half an hour for what it had to say."""
+    (tmp_path / "recipe.yaml").write_text(recipe("sft", output_dir=str(tmp_path), learning_rate=1).to_yaml())
+    (tmp_path / "run.json").write_text('{"status": "finished"}')
+    on_processes("sft", recipe("sft", output_dir=str(tmp_path)), code=MISTAKE)
+    assert first_decides(lambda: 7) == 7
+
+
+def test_all_stop_where_the_first_process_fails_of_a_signal(recipe: Make) -> None:
+    on_processes("sft", recipe("sft"), sabotage=_first_loses_its_helpers, code=EXIT_CODE)
 
 
 SHARDED: dict[str, Any] = dict(
@@ -193,7 +248,7 @@ def test_shards_are_one(stage: str, changes: dict[str, Any], recipe: Make, tmp_p
     one, two = tmp_path / "one", tmp_path / "two"
     changes = SHARDED | dict(max_tokens_per_device=140) | changes
     run(stage, recipe(stage, output_dir=str(one), **changes))
-    on_two_processes(stage, recipe(stage, output_dir=str(two), fsdp="full_shard", **changes), sabotage=_full_disk)
+    on_processes(stage, recipe(stage, output_dir=str(two), fsdp="full_shard", **changes), sabotage=_full_disk)
     assert_same_run(one, two)
     assert (two / "checkpoint-3").exists() == bool(changes.get("use_peft"))  # which has another way to the disk
 
@@ -204,14 +259,14 @@ def test_shards_are_resumed_in_any_number(recipe: Make, tmp_path: Path) -> None:
     changes = SHARDED | dict(gradient_checkpointing="selective")
     run("sft", recipe("sft", output_dir=str(one), **changes))
     shared = recipe("sft", output_dir=str(two), fsdp="full_shard", fsdp_config={"fsdp_version": 2}, **changes)
-    on_two_processes("sft", shared, stop_at=0)
+    on_processes("sft", shared, stop_at=0, sabotage=_first_saves_alone)
     undo = _stop_at(1)
     try:
         with pytest.raises(Preempted):
             run("sft", shared)
     finally:
         undo()
-    on_two_processes("sft", shared)
+    on_processes("sft", shared)
     assert_same_run(one, two)
     assert transformers.AutoModelForCausalLM.from_pretrained(two).lm_head.weight.isfinite().all()
 
@@ -219,14 +274,29 @@ def test_shards_are_resumed_in_any_number(recipe: Make, tmp_path: Path) -> None:
     state = json.loads((two / "run.json").read_text())
     (two / "run.json").write_text(json.dumps(state | {"status": "running"}))
     (two / "checkpoint-5" / "manifest.json").unlink()
-    on_two_processes("sft", shared)
+    on_processes("sft", shared)
     assert history(two) == before
     assert all(torch.equal(value, weights[key]) for key, value in load_file(two / "model.safetensors").items())
 
 
+def test_three_processes_are_resumed_to_the_bit(recipe: Make, tmp_path: Path) -> None:
+    """Unlike those of two, their sums depend on the order in which gradients lie in a bucket of DDP's."""
+    changes: dict[str, Any] = dict(
+        gradient_checkpointing=True, global_batch_size=12, gradient_accumulation_steps=None, packing=False,
+        logging_steps=1, save_steps=100,
+    )  # fmt: skip
+    calm, shaken = (recipe("sft", output_dir=str(tmp_path / name), **changes) for name in ("calm", "shaken"))
+    on_processes("sft", calm, processes=3)
+    on_processes("sft", shaken, stop_at=1, processes=3)
+    on_processes("sft", shaken, processes=3)
+    assert history(tmp_path / "calm") == history(tmp_path / "shaken")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "shaken"))
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
 def test_a_full_disk_is_known_to_all(recipe: Make, tmp_path: Path) -> None:
     """transformers has a barrier in the middle of a save where there is a best step: nobody may be missing there."""
-    on_two_processes("sft", recipe("sft", output_dir=str(tmp_path), **SHARDED), sabotage=_full_disk)
+    on_processes("sft", recipe("sft", output_dir=str(tmp_path), **SHARDED), sabotage=_full_disk)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
     state = json.loads((tmp_path / "checkpoint-5/trainer_state.json").read_text())
     assert state["global_step"] == 5 and state["best_global_step"] in (3, 5)
@@ -275,14 +345,14 @@ def test_interrupted_on_two_resumed_on_one_and_back(named: bool, recipe: Make, t
     run("sft", calm)
     # The process that writes the checkpoint is not the one that is asked to stop: it must keep the optimizer, too.
     moved = recipe("sft", output_dir=str(tmp_path / "moved"), save_only_model=True, **(changes | batch))
-    on_two_processes("sft", moved, stop_at=1)
+    on_processes("sft", moved, stop_at=1)
     undo = _stop_at(3)
     try:
         with pytest.raises(Preempted):
             run("sft", moved)
     finally:
         undo()
-    on_two_processes("sft", moved)
+    on_processes("sft", moved)
     for a, b in zip(history(tmp_path / "calm"), history(tmp_path / "moved"), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
     attempts = json.loads((tmp_path / "moved/run.json").read_text())["attempts"]
