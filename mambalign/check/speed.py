@@ -138,7 +138,11 @@ def times(
         raise UserError(f"the speed of {card.name} is not known; {', '.join(CARDS)} have one")
     if isinstance(shape, Mamba2Shape):
         raise UserError("unknown: steps of a Mamba-2 were not measured")
-    step = _Step(shape, recipe, stage, card, load, rates, graphed=devices == 1 and has_graphs(recipe))
+    step = _Step(shape, recipe, stage, card, load, rates, graphed=has_graphs(recipe))
+    if devices > 1:
+        from mambalign.train.replicas import MOST  # imports for a second
+
+        step.graphed = step.graphed and not recipe.fsdp and step.gradients() <= MOST
     forward, backward = load.passes * step.forward(), load.passes * step.backward()
     optimizer = step.optimizer(devices if recipe.fsdp else 1)
     communication = _communication(shape, recipe, step, devices, forward, backward) if devices > 1 else 0.0
@@ -282,6 +286,10 @@ class _Step:
         host = self.shape.layers * self.rates.host_forward / 2  # no gradients, no graph
         return _later(self._layers_forward() + self._head(1), host)
 
+    def gradients(self) -> float:
+        """Bytes of them."""
+        return (4 if self.recipe.use_peft else self.types.stored) * self.trained
+
     def optimizer(self, shards: int) -> float:
         size = 4 if self.recipe.use_peft else self.types.stored
         passes = (self.rates.optimizer + 12) * size / 4
@@ -307,8 +315,9 @@ def _communication(
 ) -> float:
     """Seconds that are waited for other cards of the host: what the passes do not hide."""
     share = (devices - 1) / devices / (0.8 * step.card.link)
-    size = 4 if recipe.use_peft else step.types.stored
-    gradients = size * step.trained * share
+    gradients = step.gradients() * share
+    if step.graphed:  # whose gradients are exchanged after the backward pass
+        return 2 * gradients
     if not recipe.fsdp:
         return max(0.0, 2 * gradients - 0.7 * backward / step.load.passes)
     gathered = step.types.stored * shape.parameters * share * 2 * step.load.passes

@@ -58,6 +58,7 @@ class GraphedLayers:
     """Graphs of one model's layers, by the size of the batch; they share their memory, since one runs at a time."""
 
     def __init__(self) -> None:
+        self.exchanged_later = False  # with those of other processes, gradients are, when the backward pass is over
         self.trying = False  # nothing is captured or replayed: every batch runs as the first of its size does
         self._graphs: OrderedDict[Key, list[_Graph]] = OrderedDict()
         self._tried: dict[Key, list[tuple[Segments, int]]] = {}
@@ -86,7 +87,7 @@ class GraphedLayers:
         """`[1, T, H]` -> the last norm's output `[1, T, H]`; None where the layers are to be called as they are."""
         if not _on_gpu(embeds):
             return None
-        found = survey(backbone)
+        found = survey(backbone) if self.exchanged_later or not _has_others() else "DDP exchanges gradients meanwhile"
         if not isinstance(found, str) and found != self._weights:
             self.clear()
             self._weights, self._failed = found, None
@@ -207,8 +208,6 @@ def survey(backbone: Any) -> str | list[Any]:
     """
     if not backbone.graphable:
         return f"{type(backbone).__name__} runs kernels of others, which are chosen while they run"
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "processes exchange gradients during the backward pass"
     again = any(layer.gradient_checkpointing for layer in backbone.layers)
     if again and not all(map(_recomputes_plainly, backbone.layers)):
         return "gradient_checkpointing_kwargs ask for another way to compute layers again than use_reentrant: false"
@@ -231,6 +230,10 @@ def survey(backbone: Any) -> str | list[Any]:
                 if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                     return "a hook of a parameter would not be called"
     return weights if trained else "no layer has anything to train"
+
+
+def _has_others() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _recomputes_plainly(layer: Any) -> bool:

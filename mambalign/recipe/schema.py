@@ -262,7 +262,8 @@ class Recipe:
         True,
         "training",
         "Start the layers' kernels together instead of one after the other: a small model no longer waits for the "
-        "host. On one NVIDIA GPU, for Mamba-1 and Falcon-Mamba; where it cannot be, the log says why.",
+        "host. On NVIDIA GPUs, for Mamba-1 and Falcon-Mamba; on several where gradients take no more than 2 GiB, or 64 "
+        "MiB over a network. Where it cannot be, the log says why.",
     )
     optim: str = _arg("adamw_torch", "training", "Optimizer, by its name in transformers.")
     optim_args: str | None = _arg(None, "training", "Extra arguments of the optimizer: a=1,b=2.")

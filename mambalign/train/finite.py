@@ -64,3 +64,14 @@ class FiniteWatch:
 def _check(value: float, message: Callable[[float], str]) -> None:
     if value - value != 0:  # NaN or infinite
         raise NonFiniteLossError(message(value))
+
+
+def advice(what: str, step: int, rows: list[str], folder: str) -> str:
+    """What to tell of a step that went wrong: `rows` are the ids of those it read."""
+    shown = ", ".join(rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+    read = f"; rows of the batch: {shown}" if rows else ""
+    return (
+        f"{what} at step {step}{read}. The checkpoints in {folder} are intact. Try a lower learning_rate or a longer "
+        "warmup, max_grad_norm: 1.0, dtype: float32 with bf16: true instead of pure 16-bit weights"
+        f"{', and look at these rows' if rows else ''}."
+    )

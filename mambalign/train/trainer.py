@@ -29,10 +29,10 @@ from mambalign.models import files
 from mambalign.ops.backends import send
 from mambalign.support import write_json
 from mambalign.train import checkpoint as checkpoints
-from mambalign.train import sharding
+from mambalign.train import replicas, sharding
 from mambalign.train.asking import sequence_rewards, target_logps
 from mambalign.train.callbacks import AdapterAudit, MetricsFile, Milestones
-from mambalign.train.finite import FiniteWatch, NonFiniteLossError
+from mambalign.train.finite import FiniteWatch, NonFiniteLossError, advice
 from mambalign.train.objectives import (
     Completions,
     PreferenceOptions,
@@ -220,6 +220,8 @@ class PackedTrainer(Trainer):
                 else:  # no rows left for this process, and the others wait for its gradients: zeros
                     answer = self.objective.ask(model, placeholder().to(self.args.device))
                     self.accelerator.backward(0.0 * answer.sum())
+        if self.accelerator.sync_gradients:
+            replicas.average(self.model)
         return total
 
     def _parts(self, model: nn.Module, batches: Sequence[PackedBatch]) -> Sequence[Any]:
@@ -284,13 +286,7 @@ class PackedTrainer(Trainer):
 
     def _advice(self, what: str, step: int, indices: list[int]) -> str:
         rows = [self.row_ids[i] if self.row_ids else str(i) for i in dict.fromkeys(indices)]
-        shown = ", ".join(rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
-        read = f"; rows of the batch: {shown}" if rows else ""
-        return (
-            f"{what} at step {step}{read}. The checkpoints in {self.args.output_dir} are intact. Try a lower "
-            "learning_rate or a longer warmup, max_grad_norm: 1.0, dtype: float32 with bf16: true instead of pure "
-            f"16-bit weights{', and look at these rows' if rows else ''}."
-        )
+        return advice(what, step, rows, self.args.output_dir)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 operations per parameter and token (arXiv 2001.08361, section 2.1); the scan's own share is small."""
@@ -563,6 +559,7 @@ class PackedTrainer(Trainer):
         # Here the reference pass is over and a checkpoint's weights are loaded, both on the whole model.
         if self.shards and not sharding.is_sharded(self.model):
             sharding.shard(self.model, self.accelerator)
+        replicas.prepare(self.model, self.accelerator)
         return super()._prepare_for_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

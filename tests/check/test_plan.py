@@ -158,14 +158,16 @@ def test_a_small_step_waits_for_python() -> None:
 
 
 def test_a_graph_does_not_wait_for_python() -> None:
-    def step(devices: int = 1, **keys: Any) -> float:
+    def step(devices: int = 1, size: str = "130m", **keys: Any) -> float:
         recipe = Recipe(bf16=True, **keys)
-        return times(shape_of("130m"), recipe, "sft", H200, Load(512, 512), devices=devices)["step"]
+        return times(shape_of(size), recipe, "sft", H200, Load(512, 512), devices=devices)["step"]
 
     without = step(cuda_graphs=False)
     assert step() < without / 2 and step(gradient_checkpointing=True) < without / 2
+    assert step(devices=2) < without / 2, "few gradients, which can wait for the backward pass"
     # Where there is none, Python is waited for as before.
-    assert step(deepspeed="ds.json") == without and step(devices=2) > 0.9 * without
+    assert step(deepspeed="ds.json") == without and step(devices=2, fsdp="full_shard") > 0.9 * without
+    assert step(devices=2, size="2.8b") == step(devices=2, size="2.8b", cuda_graphs=False)
     dropout = dict(use_peft=True, gradient_checkpointing=True)
     assert step(**dropout, lora_dropout=0.1) == step(**dropout, lora_dropout=0.1, cuda_graphs=False)
     assert step(**dropout, lora_dropout=0.0) < step(**dropout, lora_dropout=0.0, cuda_graphs=False)

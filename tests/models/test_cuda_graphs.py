@@ -308,6 +308,17 @@ def test_what_cannot_be_a_graph_runs_without(caplog: pytest.LogCaptureFixture) -
             assert len(notes) == 1 and any(part in notes[0] for part in said.split("|"))
 
 
+def test_among_other_processes_gradients_must_be_exchanged_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP does not see gradients that come out of a graph."""
+    monkeypatch.setattr(cuda_graphs, "_has_others", lambda: True)
+    model = with_graphs(model_of())
+    losses_and_gradients(model, [TREES[0]] * 3)
+    assert model.backbone.graphs.captured == 0
+    model.backbone.graphs.exchanged_later = True
+    losses_and_gradients(model, [TREES[0]] * 3)
+    assert model.backbone.graphs.captured == 1
+
+
 def test_states_and_hidden_states_come_from_the_layers_themselves() -> None:
     model = with_graphs(model_of())
     losses_and_gradients(model, [TREES[0]] * 2)

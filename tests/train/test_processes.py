@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from mambalign.models import MambaForCausalLM
 from mambalign.recipe import Recipe, UserError
+from mambalign.train import replicas, sharding
 from mambalign.train import run as module
-from mambalign.train import sharding
 from mambalign.train.preemption import EXIT_CODE, Preempted
 from mambalign.train.processes import FilledRows, FilledSampler, add_up, first_decides, leave, leaving
 from mambalign.train.run import run, training_arguments
@@ -104,6 +104,12 @@ def _first_loses_its_helpers(rank: int) -> None:
         pytest.MonkeyPatch().setattr(module, "load_data", killed)
 
 
+def _averaged_here(rank: int) -> None:
+    """As on GPUs whose layers run as CUDA graphs: without DDP."""
+    pytest.MonkeyPatch().setattr(replicas, "_wanted", lambda model, accelerator: True)
+    pytest.MonkeyPatch().setattr(replicas, "TOGETHER", 4096)  # several exchanges
+
+
 def on_processes(
     stage: str,
     recipe: Recipe,
@@ -135,8 +141,14 @@ def assert_same_losses(one: Path, two: Path) -> None:
             assert a[name] == pytest.approx(b[name], rel=0, abs=1e-5), name
 
 
-@pytest.mark.parametrize(("stage", "bound"), [("sft", None), ("dpo", 140), ("reward", 140)])
-def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "bound", "way"),
+    [("sft", None, None), ("dpo", 140, None), ("reward", 140, None), ("sft", 140, _averaged_here)],
+    ids=["sft", "dpo", "reward", "sft without DDP"],
+)
+def test_two_processes_are_one(
+    stage: str, bound: int | None, way: Callable[[int], None] | None, recipe: Make, tmp_path: Path
+) -> None:
     """Neither training nor evaluation rows divide by the batch; of the last round one process gets no row at all.
 
     Under a token bound, processes have unequal numbers of micro-batches.
@@ -149,7 +161,7 @@ def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_
     one, two = tmp_path / "one", tmp_path / "two"
     run(stage, recipe(stage, output_dir=str(one), **changes))
     shared = recipe(stage, output_dir=str(two), **changes)
-    on_processes(stage, shared)
+    on_processes(stage, shared, sabotage=way)
     assert_same_losses(one, two)
     for name, expected in load_file(one / "model.safetensors").items():
         assert (expected - load_file(two / "model.safetensors")[name]).abs().max() < 1e-5, name
@@ -158,7 +170,7 @@ def test_two_processes_are_one(stage: str, bound: int | None, recipe: Make, tmp_
     state = json.loads((two / "run.json").read_text())
     (two / "run.json").write_text(json.dumps(state | {"status": "running"}))
     (two / "checkpoint-8" / "manifest.json").unlink()
-    on_processes(stage, shared)
+    on_processes(stage, shared, sabotage=way)
     assert history(two) == before
 
 
@@ -279,16 +291,19 @@ def test_shards_are_resumed_in_any_number(recipe: Make, tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in load_file(two / "model.safetensors").items())
 
 
-def test_three_processes_are_resumed_to_the_bit(recipe: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [None, _averaged_here], ids=["DDP", "without"])
+def test_three_processes_are_resumed_to_the_bit(
+    way: Callable[[int], None] | None, recipe: Make, tmp_path: Path
+) -> None:
     """Unlike those of two, their sums depend on the order in which gradients lie in a bucket of DDP's."""
     changes: dict[str, Any] = dict(
         gradient_checkpointing=True, global_batch_size=12, gradient_accumulation_steps=None, packing=False,
         logging_steps=1, save_steps=100,
     )  # fmt: skip
     calm, shaken = (recipe("sft", output_dir=str(tmp_path / name), **changes) for name in ("calm", "shaken"))
-    on_processes("sft", calm, processes=3)
-    on_processes("sft", shaken, stop_at=1, processes=3)
-    on_processes("sft", shaken, processes=3)
+    on_processes("sft", calm, processes=3, sabotage=way)
+    on_processes("sft", shaken, stop_at=1, processes=3, sabotage=way)
+    on_processes("sft", shaken, processes=3, sabotage=way)
     assert history(tmp_path / "calm") == history(tmp_path / "shaken")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "shaken"))
     assert all(torch.equal(value, found[key]) for key, value in expected.items())

@@ -42,8 +42,8 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than
 pytestmark = [] if ON_CPU else [pytest.mark.gpu, needs_two]
 
 # Of 38 rows 12 make a step: in an epoch's last one, one process gets two rows and the other none. Under the bound on
-# tokens they have unequal numbers of micro-batches, too. Without CUDA graphs, which several processes cannot use, one
-# process runs the same kernels on the same rows.
+# tokens they have unequal numbers of micro-batches, too. Without CUDA graphs, which fill batches up, where not they are
+# the matter.
 COMMON: dict[str, Any] = dict(
     max_length=128, max_train_samples=38, global_batch_size=12, per_device_train_batch_size=3, packing=False,
     per_device_eval_batch_size=3, max_tokens_per_device=140, learning_rate=3e-3, adam_epsilon=1e-3, bf16=True,
@@ -197,6 +197,9 @@ RUNS = {
     "sft-stopped": Run("sft", "run", EPOCHS | BEST, all_are_told),
     "fsdp": Run("sft", "launch", EPOCHS | BEST | dict(fsdp="full_shard")),
     "fsdp-stopped": Run("sft", "launch", EPOCHS | BEST | dict(fsdp="full_shard"), one_is_told),
+    "graphs-one": Run("sft", "one", EPOCHS | dict(cuda_graphs=True)),
+    "graphs": Run("sft", "launch", EPOCHS | dict(cuda_graphs=True)),
+    "graphs-stopped": Run("sft", "launch", EPOCHS | dict(cuda_graphs=True), all_are_told),
     "dropout": Run("dpo", "launch", DROPOUT | dict(num_train_epochs=3)),
     "dropout-stopped": Run("dpo", "launch", DROPOUT | dict(num_train_epochs=3), one_is_told),
     "dpo-one": Run("dpo", "one", dict(num_train_epochs=2)),
@@ -237,7 +240,7 @@ def farthest(one: Sequence[dict[str, Any]], two: Sequence[dict[str, Any]], name:
 
 
 @pytest.mark.parametrize(("one", "two"), [("sft-one", "sft"), ("sft-one", "fsdp"), ("dpo-one", "dpo"),
-                                          ("lora-one", "lora")])  # fmt: skip
+                                          ("lora-one", "lora"), ("graphs-one", "graphs")])  # fmt: skip
 def test_two_processes_are_one(one: str, two: str, runs: Callable[[str], Path]) -> None:
     """The loss is that of all rows and tokens, however unequal their shares are.
 
@@ -259,7 +262,7 @@ def test_two_processes_are_one(one: str, two: str, runs: Callable[[str], Path]) 
         assert (value.float() - weights(runs(two))[name].float()).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("name", ["sft", "fsdp", "dropout"])
+@pytest.mark.parametrize("name", ["sft", "fsdp", "graphs", "dropout"])
 def test_stopped_and_resumed_it_is_the_same_run(name: str, runs: Callable[[str], Path], bench: Bench) -> None:
     """To the last bit; dropout's random numbers, of which every device has its own, included."""
     calm, shaken = runs(name), runs(f"{name}-stopped")
@@ -277,6 +280,13 @@ def test_shards_are_saved_as_a_whole_model(runs: Callable[[str], Path]) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(newest)
     saved = load_file(newest / "model.safetensors")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in saved.items())
+
+
+@pytest.mark.skipif(ON_CPU, reason="about GPUs")
+def test_processes_run_graphs_and_average_their_gradients(runs: Callable[[str], Path], bench: Bench) -> None:
+    for name in ("graphs-one", "graphs"):
+        runs(name)
+        assert all(rank["graphs"] > 1 and rank["way"] == "MambaForCausalLM" for rank in bench.ranks(name))
 
 
 @pytest.mark.parametrize(("name", "way"), [("sft", "DistributedDataParallel"), ("fsdp", "fsdp"),

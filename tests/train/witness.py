@@ -20,6 +20,7 @@ from mambalign.train import sharding
 from mambalign.train.trainer import PackedTrainer
 from tests.train.leash import hold
 
+graphs = 0  # how many CUDA graphs there are
 HANGS = 60.0  # seconds, after which the stacks are written: well before the test gives up
 
 
@@ -31,7 +32,9 @@ def note_the_first_step(file: Path) -> None:
     real = PackedTrainer.training_step
 
     def training_step(self: PackedTrainer, *args: Any, **kwargs: Any) -> Any:
+        global graphs
         loss = real(self, *args, **kwargs)
+        graphs = getattr(self.model.backbone.graphs, "captured", 0)
         if not file.exists():
             distributed = torch.distributed.is_initialized()
             write_json(
@@ -49,11 +52,11 @@ def note_the_first_step(file: Path) -> None:
 
 
 def note_the_end(file: Path) -> None:
-    """Which devices have a context of this process's (half a GB, needed or not), and the most it held on each."""
+    """Which devices have a context of this process's (half a GB, needed or not), the most it held on each, graphs."""
     devices = range(torch.cuda.device_count())
     contexts = [device for device in devices if torch._C._cuda_hasPrimaryContext(device)]
     held = [torch.cuda.max_memory_allocated(device) for device in devices]
-    write_json(file, json.loads(file.read_text()) | {"contexts": contexts, "held": held})
+    write_json(file, json.loads(file.read_text()) | {"contexts": contexts, "held": held, "graphs": graphs})
 
 
 def main(folder: str, *words: str) -> None:
