@@ -224,7 +224,7 @@ def _step(stage: Stage, profile: SlurmProfile, folder: str, gpus: int) -> list[s
             f"for n in {' '.join(map(str, stage.node_counts))}; do "
             '[ "$n" -le "$SLURM_JOB_NUM_NODES" ] && nodes=$n; done  # those on which the batch divides',
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # below 32768 the kernel takes none",
         ]
         inner = "exec " + stage.command(folder, f"{profile.python} -m mambalign")
         if tasks > 1 or stage.node_counts[-1] > 1:
