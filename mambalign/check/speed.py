@@ -159,7 +159,7 @@ def times(
 def has_graphs(recipe: Recipe) -> bool:
     """Whether one process of this recipe runs a Mamba-1's layers as CUDA graphs (`models/cuda_graphs.py`)."""
     drops_again = recipe.gradient_checkpointing is True and recipe.use_peft and bool(recipe.lora_dropout)
-    return recipe.cuda_graphs and not recipe.deepspeed and not drops_again and recipe.state_passing == "off"
+    return recipe.allows_graphs and not drops_again
 
 
 class _Step:
@@ -288,10 +288,14 @@ class _Step:
 
     def gradients(self) -> float:
         """Bytes of them."""
-        return (4 if self.recipe.use_peft else self.types.stored) * self.trained
+        return self._trained_size * self.trained
+
+    @property
+    def _trained_size(self) -> int:
+        return 4 if self.recipe.use_peft else self.types.stored
 
     def optimizer(self, shards: int) -> float:
-        size = 4 if self.recipe.use_peft else self.types.stored
+        size = self._trained_size
         passes = (self.rates.optimizer + 12) * size / 4
         if self.recipe.optim != "adamw_torch":  # fused: every number once
             passes = 28 * size / 4 + 12

@@ -418,6 +418,14 @@ class Recipe:
         """Splits that are only ever evaluated, by their name."""
         return [s for s in self.dataset_splits if is_test_split(s)]
 
+    @property
+    def allows_graphs(self) -> bool:
+        """Whether nothing that is known before the model forbids CUDA graphs.
+
+        DeepSpeed's hooks on gradients nobody sees; states that are handed on are not in a graph.
+        """
+        return self.cuda_graphs and not self.deepspeed and self.state_passing == "off"
+
     def accumulation_steps(self, world_size: int = 1) -> int:
         """Device batches per optimizer step with `world_size` devices.
 

@@ -11,11 +11,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -129,22 +128,12 @@ def newest_complete(run: Path) -> Path | None:
     return None
 
 
-def load_optimizer(optimizer: Any, file: Path, *, mapped: bool) -> None:
-    """Load the state that `file` has of a whole model.
-
-    Args:
-        mapped: it will be copied to another device, so that it need not be in this process's memory.
-    """
-    state = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """`load_state_dict` of a whole model's state, without torch's rounding: it casts a state's numbers to the type of
+    their parameter, and Adafactor keeps fp32 ones for 16-bit weights."""
     optimizer.load_state_dict(state)
-    _restore_types(optimizer, state["state"])
-
-
-def _restore_types(optimizer: Any, saved: Mapping[int, Mapping[str, Any]]) -> None:
-    """Put back what torch's `load_state_dict` has rounded: it casts a state's numbers to the type of their parameter,
-    and Adafactor keeps fp32 ones for 16-bit weights."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, values in saved.items():
+    for number, values in state["state"].items():
         held = optimizer.state[parameters[number]]
         for name, value in values.items():
             if isinstance(value, Tensor) and value.dtype != held[name].dtype:

@@ -35,15 +35,14 @@ def prepare(model: Any, accelerator: Any) -> None:
     for parameter in _trained(model):
         torch.distributed.broadcast(parameter.detach(), src=0)
     model.backbone.graphs.exchanged_later = True
-    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast
-    model._is_accelerate_prepared = True
+    sharding.without_ddp(model, accelerator)
 
 
 def _wanted(model: Any, accelerator: Any) -> bool:
     graphs = model.backbone.graphs
     if graphs is None or sharding.is_sharded(model) or accelerator.distributed_type != DistributedType.MULTI_GPU:
         return False
-    reason, size = survey(model.backbone), sum(p.numel() * p.element_size() for p in _trained(model))
+    reason, size = survey(model.backbone), sum(p.nbytes for p in _trained(model))
     if isinstance(reason, str):
         logger.info("CUDA graphs: not used (%s)", reason)
         return False
@@ -86,9 +85,12 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _in_cuts(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """In their order, those of one type together, up to `TOGETHER` bytes."""
     by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+    sizes: dict[torch.dtype, int] = {}
     for parameter in parameters:
-        together = by_type.setdefault(parameter.dtype, [])
-        together.append(parameter)
-        if sum(p.numel() for p in together) * parameter.element_size() >= TOGETHER:
-            yield by_type.pop(parameter.dtype)
+        kind = parameter.dtype
+        by_type.setdefault(kind, []).append(parameter)
+        sizes[kind] = sizes.get(kind, 0) + parameter.nbytes
+        if sizes[kind] >= TOGETHER:
+            del sizes[kind]
+            yield by_type.pop(kind)
     yield from by_type.values()

@@ -468,8 +468,7 @@ def load_start(recipe: Recipe, stage: str) -> tuple[Any, Any, dict[str, Any], An
         model = with_reward_head(model, recipe.seed)
     model.set_backend(recipe.backend)
     model.set_selective_recomputation(recipe.gradient_checkpointing == "selective")
-    # Hooks of DeepSpeed's on gradients nobody sees; states that are handed on are not in a graph.
-    model.set_cuda_graphs(recipe.cuda_graphs and not recipe.deepspeed and recipe.state_passing == "off")
+    model.set_cuda_graphs(recipe.allows_graphs)
     if not recipe.use_peft:
         return model, tokenizer, facts, None
     from mambalign.models.adapters import AdapterOptions, attach

@@ -86,8 +86,13 @@ def shard(model: Any, accelerator: Any) -> None:
     mesh = init_device_mesh(accelerator.device.type, (torch.distributed.get_world_size(),))
     for unit in [*model.backbone.layers, model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast
-    model._is_accelerate_prepared = True  # so that it does not become DDP's as well
+    without_ddp(model, accelerator)
+
+
+def without_ddp(model: Any, accelerator: Any) -> None:
+    """Make the model accelerate's, autocast included, and leave what processes exchange to us."""
+    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    model._is_accelerate_prepared = True
 
 
 def is_sharded(model: nn.Module) -> bool:

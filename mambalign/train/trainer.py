@@ -547,12 +547,14 @@ class PackedTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         file = Path(checkpoint) / OPTIMIZER_NAME
-        if sharding.is_sharded(self.model):
-            sharding.load_whole_state(
-                self.optimizer, torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            )
+        sharded = sharding.is_sharded(self.model)
+        # What is copied, in part or to a GPU, need not be in this process's memory.
+        copied = sharded or self.args.device.type != "cpu"
+        state = torch.load(file, map_location="cpu", mmap=copied, weights_only=True)
+        if sharded:
+            sharding.load_whole_state(self.optimizer, state)
         else:  # transformers' own way (5.17) ends in an error on several processes without a GPU
-            checkpoints.load_optimizer(self.optimizer, file, mapped=self.args.device.type != "cpu")
+            checkpoints.load_optimizer(self.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(file.with_name(SCHEDULER_NAME), weights_only=True))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
